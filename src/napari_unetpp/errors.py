@@ -1,0 +1,27 @@
+"""The errors that a user can meet; every message says the rule, the value, the remedy."""
+
+from __future__ import annotations
+
+
+class UnetppError(Exception):
+    """Base class of the states that stop our work; never a RuntimeError."""
+
+
+class ModelFileError(UnetppError):
+    """A model file is damaged, lies about itself or was not written by us."""
+
+
+class ImageFileError(UnetppError):
+    """An image file cannot be read, or its header does not agree with its content."""
+
+
+class SaveError(UnetppError):
+    """A file could not be written; whatever stood there before is still there."""
+
+
+class DeviceMemoryError(UnetppError):
+    """The device ran out of memory although smaller pieces were tried."""
+
+
+class TrainingError(UnetppError):
+    """Training cannot go on, for example because the loss is not finite."""

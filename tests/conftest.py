@@ -1,0 +1,26 @@
+"""What all tests share: reproducible properties, and a GPU only where there is one."""
+
+from __future__ import annotations
+
+import os
+
+import hypothesis
+import pytest
+
+# No deadline: how long an example takes says nothing about whether it is right.
+hypothesis.settings.register_profile(
+    "tests", deadline=None, derandomize="CI" in os.environ, print_blob=True
+)
+hypothesis.settings.load_profile("tests")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU on a machine without one."""
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not on_gpu:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in on_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
