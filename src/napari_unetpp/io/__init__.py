@@ -1,0 +1,35 @@
+"""Image files in, every file out: the only room that reads images and writes files."""
+
+from napari_unetpp.io.files import (
+    SUFFIXES,
+    atomic_write,
+    list_images,
+    opened,
+    pair_by_stem,
+    shown,
+    write_text,
+)
+from napari_unetpp.io.formats import Probe
+from napari_unetpp.io.images import (
+    probe,
+    read_image,
+    read_labels,
+    write_labels,
+    write_png,
+)
+
+__all__ = [
+    "SUFFIXES",
+    "Probe",
+    "atomic_write",
+    "list_images",
+    "opened",
+    "pair_by_stem",
+    "probe",
+    "read_image",
+    "read_labels",
+    "shown",
+    "write_labels",
+    "write_png",
+    "write_text",
+]
