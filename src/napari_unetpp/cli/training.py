@@ -1,0 +1,226 @@
+"""The commands that train: on the user's images, and the demo on a sample."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from napari_unetpp import io
+from napari_unetpp.cli import jobs, learning
+from napari_unetpp.cli.console import count, plain, quoted, score, table
+from napari_unetpp.config import NetConfig, working_config
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+    from collections.abc import Sequence
+
+    from napari_unetpp.api import Model
+    from napari_unetpp.cli.comparison import Comparison
+    from napari_unetpp.cli.console import Console
+    from napari_unetpp.samples import Sample
+
+_NETWORK = "unet++"
+
+
+def train(options: Namespace, console: Console) -> int:
+    """Learn from annotated images and write the model."""
+    pairs, pictures, coded = _training_files(options, console)
+    from napari_unetpp import api
+
+    base = api.load_model(options.base) if options.base else None
+    annotations = jobs.code(coded, options.unlabelled, base)
+    classes = options.classes
+    if annotations.note:
+        console.note(annotations.note)
+        if classes is None and base is None:
+            classes = ("background", "foreground")
+    _tell_channels(pictures, console)
+    limit = learning.limits(options.seconds, options.steps)
+    with learning.stoppable() as stop:
+        training = api.train_steps(
+            [p.pixels for p in pictures],
+            annotations.arrays,
+            model=base,
+            network=_network(options, pictures, annotations, classes),
+            classes=classes,
+            unlabelled=annotations.unlabelled,
+            channel_axis=pictures[0].channel_axis,
+            seed=options.seed,
+            device=options.device,
+            stop=stop,
+            **limit,
+        )
+        console.note(
+            f"training on {count(len(pairs), 'image')}; Ctrl-C stops and saves"
+        )
+        model = learning.learn(console, training, stop, **limit)
+        learning.save(model, options.out, overwrite=options.overwrite)
+    facts = {"model": str(options.out), **learning.summary(model)}
+    console.result(
+        {**facts, "images": len(pairs), "stopped": stop.is_set()},
+        [
+            learning.trained(model),
+            f"classes: {learning.class_list(model)}",
+            f"model: {learning.size_of(options.out)}",
+            f"next: napari-unetpp predict {quoted(options.out)} IMAGES -o LABELS",
+        ],
+    )
+    return stop.code
+
+
+def _training_files(
+    options: Namespace, console: Console
+) -> tuple[list[tuple[Path, Path]], list[jobs.Picture], list[Any]]:
+    """Check everything that can be checked without torch, cheapest first."""
+    if options.out.suffix != ".safetensors":
+        raise ValueError(
+            "The model's file must end in .safetensors, got "
+            f"`{io.shown(options.out)}`. Add the ending."
+        )
+    given = [options.width, options.levels, options.network]
+    if options.base and any(value is not None for value in given):
+        raise ValueError(
+            "--from goes on with a model and its network. Leave out --network, --width "
+            "and --levels."
+        )
+    pairs = jobs.find_pairs(
+        options.images, options.annotations, "IMAGES and ANNOTATIONS"
+    )
+    inputs = [file for pair in pairs for file in pair]
+    jobs.check_output(
+        options.out, [*inputs, options.base or inputs[0]], overwrite=options.overwrite
+    )
+    console.note(f"reading {count(len(pairs), 'image')}")
+    pictures = [jobs.read_picture(image, options.channel_axis) for image, _ in pairs]
+    if len({p.channels for p in pictures}) > 1:
+        odd = next(p for p in pictures if p.channels != pictures[0].channels)
+        raise ValueError(
+            "All images must have as many channels: "
+            f"`{io.shown(pictures[0].path)}` has {pictures[0].channels}, "
+            f"`{io.shown(odd.path)}` {odd.channels}."
+        )
+    return pairs, pictures, jobs.read_annotations(pairs, pictures)
+
+
+def _network(
+    options: Namespace,
+    pictures: Sequence[jobs.Picture],
+    annotations: jobs.Coded,
+    classes: Sequence[str] | None,
+) -> str | NetConfig:
+    """Return the network's name, or all its settings if some are given."""
+    name: str = options.network or _NETWORK
+    if options.width is None and options.levels is None:
+        return name
+    if classes is None:
+        top = max(jobs.values_of(annotations.arrays))
+        n_classes = max(2, top + (annotations.unlabelled is None))
+    else:
+        n_classes = len(classes)
+    return working_config(
+        name,
+        pictures[0].channels,
+        n_classes,
+        width=options.width,
+        levels=options.levels,
+    )
+
+
+def _tell_channels(pictures: Sequence[jobs.Picture], console: Console) -> None:
+    for note in sorted({p.note for p in pictures} - {""}):
+        which = [p for p in pictures if p.note == note]
+        name = f"`{io.shown(which[0].path)}`"
+        more = f" and {len(which) - 1} more" if len(which) > 1 else ""
+        console.note(f"{name}{more} read as {note}")
+
+
+def demo(options: Namespace, console: Console) -> int:
+    """Train on a sample's strokes and compare; write model, labels and pictures."""
+    from napari_unetpp import api, samples
+    from napari_unetpp.cli import comparison
+
+    sample = samples.load(options.sample)
+    comparison.unseen_truth(sample)
+    folder = options.out or Path("napari-unetpp-demo")
+    files = {
+        kind: folder / f"{sample.name}{ending}"
+        for kind, ending in {
+            "picture": "-comparison.png",
+            "model": ".safetensors",
+            "labels": "-labels.tif",
+            "image": "-image.png",
+        }.items()
+    }
+    replace = options.overwrite or options.out is None
+    jobs.make_folder(folder)
+    for file in files.values():
+        jobs.check_output(file, [], overwrite=replace)
+    console.say(f"{sample.title}", "")
+    limit = learning.limits(options.seconds, options.steps)
+    with learning.stoppable() as stop:
+        training = api.train_steps(
+            sample.image,
+            sample.strokes,
+            network=options.network or _NETWORK,
+            classes=sample.classes,
+            channel_axis=sample.channel_axis,
+            seed=options.seed,
+            device=options.device,
+            stop=stop,
+            **limit,
+        )
+        share = np.count_nonzero(sample.strokes) / sample.strokes.size
+        console.note(f"training on the strokes, {share:.1%} of the pixels")
+        model = learning.learn(console, training, stop, **limit)
+        learning.save(model, files["model"], overwrite=replace)
+    console.note("comparing with a random forest and a threshold")
+    result = comparison.compare(sample, model, device=options.device, seed=options.seed)
+    ours = result.rows[len(model.network.depths) - 1]
+    if ours.labels is not None:
+        io.write_labels(files["labels"], ours.labels, overwrite=replace)
+    io.write_png(files["image"], comparison.visible(sample), overwrite=replace)
+    io.write_png(
+        files["picture"], comparison.picture(sample, result), overwrite=replace
+    )
+    _report_demo(console, sample, model, result, files)
+    return stop.code
+
+
+def _report_demo(
+    console: Console,
+    sample: Sample,
+    model: Model,
+    result: Comparison,
+    files: dict[str, Path],
+) -> None:
+    rows = [
+        [row.name, *(score(row.iou[c]) for c in sample.classes[1:]), score(row.mean)]
+        for row in result.rows
+    ]
+    command = f"predict {quoted(files['model'])} {quoted(files['image'])}"
+    console.result(
+        {
+            "sample": sample.name,
+            **learning.summary(model),
+            "pixels": result.n_pixels,
+            "iou": {row.name: {**row.iou, "mean": row.mean} for row in result.rows},
+            "files": {kind: str(path) for kind, path in files.items()},
+        },
+        [
+            learning.trained(model),
+            "",
+            f"IoU on the {result.n_pixels:,} pixels that training did not see:",
+            *table(["", *sample.classes[1:], "mean"], rows),
+            "The threshold may choose for each class the side and the grey value or",
+            "channel that agree best with the truth; the others know only the strokes.",
+            "",
+            f"written to {plain(files['model'].parent)}:",
+            *(f"  {io.shown(path)}" for path in files.values()),
+            "",
+            "next, this model on an image, and a model of your own:",
+            f"  napari-unetpp {command} -o labels",
+            "  napari-unetpp train IMAGES ANNOTATIONS -o MODEL.safetensors",
+        ],
+    )

@@ -1,0 +1,430 @@
+"""Prediction tile by tile: seamless, in bounded memory, what is looked at first."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from napari_unetpp.config import PredictConfig
+from napari_unetpp.device import resolve_device
+from napari_unetpp.errors import DeviceMemoryError
+from napari_unetpp.model import Model, check_depth
+from napari_unetpp.networks import SegmentationNet
+from napari_unetpp.networks.blocks import GroupNorm, measure_norms
+from napari_unetpp.preprocess import Planes, Preprocessing, read_window
+
+_MARGIN = 32  # px of mirrored image around it: zeros at the border would be learned as a class
+_TILE = 512
+_WHOLE = 768  # images up to this side are one tile, and their norms measured on all of it
+_SAMPLE = 256  # side of the 3 x 3 crops that larger images' norms are measured on
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A finished part of a prediction.
+
+    Attributes
+    ----------
+    slices : tuple of int and slice
+        Where it belongs in the labels: an int per leading axis, then two slices.
+    labels : ndarray of shape (h, w) and dtype uint8
+        Class values, coded as the model's annotations.
+    probabilities : ndarray of shape (K, h, w) and dtype float32, or None
+        Sums to 1 over K; None unless asked for.
+    """
+
+    slices: tuple[int | slice, ...]
+    labels: NDArray[np.uint8]
+    probabilities: NDArray[np.float32] | None = None
+
+
+class _Core(NamedTuple):
+    rows: Span
+    columns: Span
+
+
+class _Geometry:
+    """Which window of the mirrored image a core of the labels needs."""
+
+    def __init__(
+        self, network: SegmentationNet, depth: int, shape: tuple[int, int]
+    ) -> None:
+        self._network = network
+        self._multiple = network.multiple(depth)
+        self._halo = network.halo(depth)
+        self._border = self.round_up(_MARGIN)
+        self._shape = shape
+
+    def round_up(self, n: int) -> int:
+        return -(-n // self._multiple) * self._multiple
+
+    def cores(self, tile: int) -> list[_Core]:
+        height, width = self._shape
+        tile = self.round_up(tile)
+        return [
+            _Core((y, min(y + tile, height)), (x, min(x + tile, width)))
+            for y in range(0, height, tile)
+            for x in range(0, width, tile)
+        ]
+
+    def window(self, span: Span, axis: int) -> tuple[Span, int]:
+        """Return the input window along an axis and where the core begins in its output.
+
+        The same network on the whole mirrored image would see the same zeros at its
+        outer border, so windows end where that image ends and never further out.
+        """
+        start, stop = span
+        margin = self._network.margin
+        if margin:
+            return (start - margin, start - margin + self._network.valid_size(stop - start)), 0
+        end = self.round_up(self._shape[axis] + 2 * self._border) - self._border
+        low = max(-self._border, start - self._halo)
+        high = min(end, self.round_up(stop + self._halo))
+        return (low, high), start - low
+
+    def split(self, core: _Core) -> list[_Core]:
+        """Return up to four parts of a core, or nothing when it is small already."""
+        parts = [self._halves(span) for span in core]
+        if all(len(p) == 1 for p in parts):
+            return []
+        return [_Core(rows, columns) for rows in parts[0] for columns in parts[1]]
+
+    def _halves(self, span: Span) -> list[Span]:
+        half = self.round_up((span[1] - span[0]) // 2)
+        if half < 64 or span[0] + half >= span[1]:
+            return [span]
+        return [(span[0], span[0] + half), (span[0] + half, span[1])]
+
+
+class _Plane:
+    """One plane, ready to be predicted: its grey-value limits and its norms are known."""
+
+    def __init__(
+        self,
+        network: SegmentationNet,
+        plane: Any,
+        preprocessing: Preprocessing,
+        config: PredictConfig,
+        depth: int,
+    ) -> None:
+        self._network = network
+        self._plane = plane
+        self._preprocessing = preprocessing
+        self._mean = config.heads == "mean"
+        self._depth = depth
+        self._limits = preprocessing.limits(plane)
+        height, width = plane.shape[1:]
+        self.geometry = _Geometry(network, depth, (height, width))
+        whole = max(height, width) <= _WHOLE
+        self.tile = config.tile or (max(height, width) if whole else _TILE)
+        self._parameter = next(network.parameters())
+        self._whole = _Core((0, height), (0, width))
+        self._known: list[torch.Tensor] = []  # the heads on the whole plane, once measured
+        if any(isinstance(m, GroupNorm) for m in network.modules()):
+            self._measure(whole)
+
+    @torch.inference_mode()
+    def _measure(self, whole: bool) -> None:
+        height, width = self._plane.shape[1:]
+        if whole:
+            centres = [self._whole]
+        else:
+            starts = [np.linspace(0, max(0, n - _SAMPLE), 3, dtype=int) for n in (height, width)]
+            centres = [
+                _Core((int(y), int(y) + _SAMPLE), (int(x), int(x) + _SAMPLE))
+                for y in starts[0]
+                for x in starts[1]
+            ]
+        batch = torch.cat([self._read(core, crop=not whole) for core in centres])
+        heads = measure_norms(self._network, batch, self._depth)
+        if whole and self.tile >= max(height, width):
+            self._known = heads if self._mean else heads[-1:]
+
+    def _read(self, core: _Core, *, crop: bool = False) -> torch.Tensor:
+        if crop and not self._network.margin:
+            rows, columns = core.rows, core.columns
+        else:
+            rows, columns = (self.geometry.window(s, a)[0] for a, s in enumerate(core))
+        window = read_window(self._plane, rows, columns, self._preprocessing, self._limits)
+        batch = torch.from_numpy(np.ascontiguousarray(window))[None]
+        return batch.to(self._parameter.device, memory_format=torch.channels_last)
+
+    @torch.inference_mode()
+    def probabilities(self, core: _Core) -> torch.Tensor:
+        """Return (K, h, w) for a core."""
+        if self._known and core == self._whole:
+            heads = self._known
+        else:
+            batch = self._read(core)
+            heads = self._network(batch, self._depth, last_only=not self._mean)
+        (top, left) = (self.geometry.window(s, a)[1] for a, s in enumerate(core))
+        height, width = (stop - start for start, stop in core)
+        total = torch.zeros(())
+        for logits in heads:
+            part = logits[0, :, top : top + height, left : left + width].float()
+            total = total.to(part.device) + part.softmax(0) / len(heads)
+        return total
+
+
+def predict_tiles(
+    model: Model,
+    image: Any,
+    *,
+    first: Sequence[int | slice] | None = None,
+    probabilities: bool = False,
+    depth: int | None = None,
+    heads: Literal["last", "mean"] = "last",
+    channel_axis: int | None = None,
+    tile: int | None = None,
+    device: str | torch.device | None = None,
+) -> Iterator[Tile]:
+    """Predict an image part by part.
+
+    Parameters
+    ----------
+    model : Model
+        Left unchanged.
+    image : array of shape (..., Y, X), with channels at `channel_axis`
+        Any real dtype; leading axes are planes. Lazy arrays are read window by window.
+    first : sequence of int and slice, optional
+        The region to do first, as an index into the labels; a pair of slices means
+        that region of every plane.
+    probabilities : bool, optional
+        Whether tiles carry probabilities.
+    depth : int or None, optional
+        UNet++ head, 1 to its levels; None is the deepest.
+    heads : {"last", "mean"}, optional
+        "mean" averages the probabilities of the heads up to `depth` [1]_.
+    channel_axis : int or None, optional
+        Axis of the channels; None for a single channel.
+    tile : int or None, optional
+        Side of a tile in pixels (16 to 16384, rounded up to what the network needs);
+        None: the whole plane up to 768 x 768, else 512.
+    device : str, torch.device or None, optional
+        None: the fastest there is.
+
+    Yields
+    ------
+    tile : Tile
+        Disjoint parts that together cover the image.
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of range or the image does not fit the model.
+    DeviceMemoryError
+        If even a small tile does not fit on the device.
+
+    Notes
+    -----
+    Tiles overlap by each network's receptive field and are cropped, not blended. Group
+    norms take their statistics once per plane, so no pixel depends on the tiling.
+
+    References
+    ----------
+    .. [1] Zhou et al., UNet++, DLMIA 2018, :DOI:`10.1007/978-3-030-00889-5_1`
+    """
+    config = PredictConfig(tile, depth, heads)
+    depth = check_depth(model.network, depth)
+    planes = Planes(image, channel_axis=channel_axis)
+    if planes.channels != model.config.in_channels:
+        raise ValueError(
+            f"`image` must have {model.config.in_channels} channel(s) for this model, "
+            f"got {planes.channels} (shape {tuple(np.shape(image))}, "
+            f"channel_axis={channel_axis})."
+        )
+    where = _Order(first, planes)
+    network = _working_copy(model.network, resolve_device(device))
+    return _tiles(model, network, planes, config, depth, where, probabilities)
+
+
+def _tiles(
+    model: Model,
+    network: SegmentationNet,
+    planes: Planes,
+    config: PredictConfig,
+    depth: int,
+    where: _Order,
+    probabilities: bool,
+) -> Iterator[Tile]:
+    shift = 1 if model.unlabelled == 0 else 0
+    for number in where.planes():
+        plane = _Plane(network, planes.plane(number), model.preprocessing, config, depth)
+        lead = tuple(int(i) for i in np.unravel_index(number, planes.leading or (1,)))
+        lead = lead if planes.leading else ()
+        queue = where.sort(plane.geometry.cores(plane.tile))
+        while queue:
+            core = queue.pop(0)
+            try:
+                found = plane.probabilities(core).cpu()
+            except RuntimeError as error:
+                parts = _parts(error, plane.geometry, core)
+                queue = parts + queue
+                continue
+            labels = (found.argmax(0) + shift).to(torch.uint8).numpy()
+            slices = (*lead, slice(*core.rows), slice(*core.columns))
+            yield Tile(slices, labels, found.numpy() if probabilities else None)
+
+
+def _parts(error: RuntimeError, geometry: _Geometry, core: _Core) -> list[_Core]:
+    """Return smaller cores when memory ran out; any other error goes on."""
+    short = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+    if not short:
+        raise error
+    parts = geometry.split(core)
+    if not parts:
+        raise DeviceMemoryError(
+            "The device has no memory left even for a small tile. Close other programs, "
+            "choose a smaller depth, or use device='cpu'."
+        ) from None
+    return parts
+
+
+def predict(
+    model: Model,
+    image: Any,
+    *,
+    depth: int | None = None,
+    heads: Literal["last", "mean"] = "last",
+    channel_axis: int | None = None,
+    tile: int | None = None,
+    device: str | torch.device | None = None,
+) -> NDArray[np.uint8]:
+    """Label every pixel of `image`.
+
+    Parameters
+    ----------
+    model, image, depth, heads, channel_axis, tile, device
+        As for `predict_tiles`.
+
+    Returns
+    -------
+    labels : ndarray of shape (..., Y, X) and dtype uint8
+        Class values, coded as the model's annotations: 1 to K where `model.unlabelled`
+        is 0, else 0 to K - 1.
+
+    Raises
+    ------
+    ValueError, DeviceMemoryError
+        As `predict_tiles`.
+    """
+    tiles = predict_tiles(
+        model,
+        image,
+        depth=depth,
+        heads=heads,
+        channel_axis=channel_axis,
+        tile=tile,
+        device=device,
+    )
+    labels = np.zeros(_label_shape(image, channel_axis), np.uint8)
+    for part in tiles:
+        labels[part.slices] = part.labels
+    return labels
+
+
+def predict_proba(
+    model: Model,
+    image: Any,
+    *,
+    depth: int | None = None,
+    heads: Literal["last", "mean"] = "last",
+    channel_axis: int | None = None,
+    tile: int | None = None,
+    device: str | torch.device | None = None,
+) -> NDArray[np.float32]:
+    """Return the probability of every class at every pixel.
+
+    Parameters
+    ----------
+    model, image, depth, heads, channel_axis, tile, device
+        As for `predict_tiles`.
+
+    Returns
+    -------
+    probabilities : ndarray of shape (K, ..., Y, X) and dtype float32
+        Sums to 1 over K.
+
+    Raises
+    ------
+    ValueError, DeviceMemoryError
+        As `predict_tiles`.
+    """
+    tiles = predict_tiles(
+        model,
+        image,
+        probabilities=True,
+        depth=depth,
+        heads=heads,
+        channel_axis=channel_axis,
+        tile=tile,
+        device=device,
+    )
+    shape = (len(model.classes), *_label_shape(image, channel_axis))
+    result = np.zeros(shape, np.float32)
+    for part in tiles:
+        result[(slice(None), *part.slices)] = part.probabilities
+    return result
+
+
+def _label_shape(image: Any, channel_axis: int | None) -> tuple[int, ...]:
+    planes = Planes(image, channel_axis=channel_axis)
+    return (*planes.leading, *planes.shape)
+
+
+def _working_copy(network: SegmentationNet, device: torch.device) -> SegmentationNet:
+    """Return a network whose norms may be measured while others use the original."""
+    own = copy.deepcopy(network).to(device)
+    return own.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload, no-any-return]
+
+
+class _Order:
+    """Which planes and cores come first."""
+
+    def __init__(self, first: Sequence[int | slice] | None, planes: Planes) -> None:
+        self._planes = planes
+        shape = (*planes.leading, *planes.shape)
+        key = tuple(first) if first is not None else (slice(None), slice(None))
+        if len(key) not in (2, len(shape)) or not all(
+            isinstance(k, (int, slice)) for k in key
+        ):
+            raise ValueError(
+                f"`first` must be 2 or {len(shape)} slices (or ints), got {first!r}."
+            )
+        if len(key) == 2:
+            key = (slice(None),) * len(planes.leading) + key
+        self._ranges = [
+            range(n)[k] if isinstance(k, slice) else range(k % n, k % n + 1)
+            for k, n in zip(key, shape, strict=True)
+        ]
+
+    def planes(self) -> list[int]:
+        leading = self._planes.leading
+        wanted = [set(r) for r in self._ranges[:-2]]
+
+        def later(number: int) -> bool:
+            index = np.unravel_index(number, leading) if leading else ()
+            return any(int(i) not in w for i, w in zip(index, wanted, strict=True))
+
+        return sorted(range(len(self._planes)), key=later)
+
+    def sort(self, cores: list[_Core]) -> list[_Core]:
+        """Order by the gap between core and region, then by the distance of centres."""
+
+        def key(core: _Core) -> tuple[float, float]:
+            gap = centre = 0.0
+            for (start, stop), r in zip(core, self._ranges[-2:], strict=True):
+                low, high = (r[0], r[-1] + 1) if len(r) else (0, 0)
+                gap += max(0, low - stop + 1, start - high + 1)
+                centre += ((start + stop) / 2 - (low + high) / 2) ** 2
+            return gap, centre
+
+        return sorted(cores, key=key)
