@@ -22,7 +22,9 @@ from napari_unetpp.model import create_model
 from napari_unetpp.train import Trainer
 
 
-def alternate(a: Callable[[], object], b: Callable[[], object], rounds: int) -> tuple[float, float]:
+def alternate(
+    a: Callable[[], object], b: Callable[[], object], rounds: int
+) -> tuple[float, float]:
     """Return the median seconds of a and b, called in turn."""
     times: tuple[list[float], list[float]] = ([], [])
     for n in range(rounds + 2):
@@ -42,7 +44,9 @@ def trainer(network: str) -> Trainer:
     targets = []
     for _ in images:
         target = np.zeros(planes.shape[1:], np.uint8)
-        for y, x, v in zip(*rng.integers(0, 480, (2, 60)), rng.integers(1, 3, 60), strict=True):
+        for y, x, v in zip(
+            *rng.integers(0, 480, (2, 60)), rng.integers(1, 3, 60), strict=True
+        ):
             target[y : y + 3, x : x + 30] = v
         targets.append(target)
     examples = Examples(images, targets, [0, 1, 2], 2, [])
@@ -83,7 +87,9 @@ def elastic(rounds: int, patch: int = 128, n: int = 8) -> None:
         return
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(n, 1, patch, patch, generator=generator)
-    labels = torch.randint(0, 3, (n, patch, patch), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(
+        0, 3, (n, patch, patch), generator=generator, dtype=torch.uint8
+    )
     spacing, sigma = 24, 3.0
     spec = augment.Warp(elastic_sigma=sigma, elastic_spacing=spacing)
 
@@ -93,8 +99,12 @@ def elastic(rounds: int, patch: int = 128, n: int = 8) -> None:
 
     # MONAI scales N(0, 1) control points by the magnitude, as we do by sigma.
     theirs_one = Rand2DElasticd(
-        keys=("image", "label"), spacing=(spacing, spacing), magnitude_range=(sigma, sigma),
-        prob=1.0, mode=("bilinear", "nearest"), padding_mode=("reflection", "zeros"),
+        keys=("image", "label"),
+        spacing=(spacing, spacing),
+        magnitude_range=(sigma, sigma),
+        prob=1.0,
+        mode=("bilinear", "nearest"),
+        padding_mode=("reflection", "zeros"),
     )
     data = [{"image": images[i], "label": labels[i][None].float()} for i in range(n)]
 
@@ -103,8 +113,11 @@ def elastic(rounds: int, patch: int = 128, n: int = 8) -> None:
             theirs_one(sample)
 
     image_only = Rand2DElastic(
-        spacing=(spacing, spacing), magnitude_range=(sigma, sigma), prob=1.0,
-        mode="bilinear", padding_mode="reflection",
+        spacing=(spacing, spacing),
+        magnitude_range=(sigma, sigma),
+        prob=1.0,
+        mode="bilinear",
+        padding_mode="reflection",
     )
 
     def theirs_image() -> None:
@@ -113,7 +126,13 @@ def elastic(rounds: int, patch: int = 128, n: int = 8) -> None:
 
     a, b = alternate(ours, theirs, rounds)
     c, d = alternate(ours, theirs_image, rounds)
-    rms = augment.elastic_field(200, patch, sigma, spacing, generator).pow(2).sum(-1).mean().sqrt()
+    rms = (
+        augment.elastic_field(200, patch, sigma, spacing, generator)
+        .pow(2)
+        .sum(-1)
+        .mean()
+        .sqrt()
+    )
     print(
         f"elastic    {n} patches of {patch}: ours {a * 1e3:.2f} ms, MONAI {b * 1e3:.2f} ms "
         f"(image and labels), {b / a:.1f} times; image alone by MONAI {d * 1e3:.2f} ms, "

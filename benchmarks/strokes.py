@@ -87,7 +87,11 @@ def load_task(data: Path, name: str, *, tests: list[str] | None = None) -> Task:
         train = list(NUCLEI)
         others = [r["name"] for r in rows if r["modality"].startswith("fluo_")]
     others = tests if tests is not None else others
-    others = [n for n in others if n not in train and (folder / "semantic" / f"{n}.tif").exists()]
+    others = [
+        n
+        for n in others
+        if n not in train and (folder / "semantic" / f"{n}.tif").exists()
+    ]
 
     def read(kind: str, names: list[str]) -> list[NDArray[Any]]:
         return [tifffile.imread(folder / kind / f"{n}.tif") for n in names]
@@ -97,7 +101,13 @@ def load_task(data: Path, name: str, *, tests: list[str] | None = None) -> Task:
         grey = [i for i, image in enumerate(test_images) if image.ndim == 2]
         others = [others[i] for i in grey]
         test_images = [test_images[i] for i in grey]
-    return Task(name, read("images", train), read("scribbles", train), test_images, read("semantic", others))
+    return Task(
+        name,
+        read("images", train),
+        read("scribbles", train),
+        test_images,
+        read("semantic", others),
+    )
 
 
 def score(task: Task, labels: list[NDArray[np.uint8]]) -> dict[str, float]:
@@ -109,13 +119,22 @@ def score(task: Task, labels: list[NDArray[np.uint8]]) -> dict[str, float]:
         names = [str(i) for i in range(1, task.n_classes + 1)]
         result = api.evaluate(found[inner], truth[inner], classes=names)
         values = np.array(list(result.iou.values()))
-        without.append(np.nanmean(values[1:]) if np.isfinite(values[1:]).any() else np.nan)
+        without.append(
+            np.nanmean(values[1:]) if np.isfinite(values[1:]).any() else np.nan
+        )
         with_background.append(np.nanmean(values))
-    return {"foreground": float(np.nanmean(without)), "mean": float(np.nanmean(with_background))}
+    return {
+        "foreground": float(np.nanmean(without)),
+        "mean": float(np.nanmean(with_background)),
+    }
 
 
 def run_network(
-    task: Task, network: str, seed: int, times: tuple[float, ...], config: TrainConfig,
+    task: Task,
+    network: str,
+    seed: int,
+    times: tuple[float, ...],
+    config: TrainConfig,
     **changes: Any,
 ) -> dict[str, Any]:
     """Train once and score what a user would be shown at each time."""
@@ -123,7 +142,9 @@ def run_network(
     examples = read_examples(task.images, task.strokes, channel_axis=task.channel_axis)
     net = working_config(network, len(examples.images[0]), task.n_classes)
     start = create_model(
-        replace(net, **changes), classes=[str(i + 1) for i in range(task.n_classes)], seed=seed
+        replace(net, **changes),
+        classes=[str(i + 1) for i in range(task.n_classes)],
+        seed=seed,
     )
     trainer = Trainer(start, examples, config, seed=seed, device=torch.device("cpu"))
     outside = 0.0
@@ -135,15 +156,26 @@ def run_network(
         seconds = began - clock - outside
         model = trainer.model()
         labels, predicting = _predict(model, task)
-        rows.append({"time": limit, "seconds": seconds, "steps": trainer.steps,
-                     "predict_seconds": predicting, "held_out": trainer.score, **score(task, labels)})
+        rows.append(
+            {
+                "time": limit,
+                "seconds": seconds,
+                "steps": trainer.steps,
+                "predict_seconds": predicting,
+                "held_out": trainer.score,
+                **score(task, labels),
+            }
+        )
         outside += time.perf_counter() - began
     return {"task": task.name, "method": network, "seed": seed, "rows": rows}
 
 
 def _predict(model: Model, task: Task) -> tuple[list[NDArray[np.uint8]], float]:
     began = time.perf_counter()
-    labels = [api.predict(model, image, channel_axis=task.channel_axis) for image in task.tests]
+    labels = [
+        api.predict(model, image, channel_axis=task.channel_axis)
+        for image in task.tests
+    ]
     return labels, time.perf_counter() - began
 
 
@@ -152,7 +184,12 @@ def features(image: NDArray[Any], channel_axis: int | None) -> NDArray[np.float3
     low, high = np.percentile(image, (1, 99.8))
     scaled = (image.astype(np.float32) - low) / max(high - low, 1e-6)
     found = multiscale_basic_features(
-        scaled, intensity=True, edges=True, texture=True, sigma_min=0.7, sigma_max=16,
+        scaled,
+        intensity=True,
+        edges=True,
+        texture=True,
+        sigma_min=0.7,
+        sigma_max=16,
         channel_axis=channel_axis,
     )
     return np.asarray(found, np.float32)
@@ -169,11 +206,23 @@ def run_forest(task: Task, seed: int) -> dict[str, Any]:
     best: dict[str, Any] = {}
     for setting in FORESTS:
         began = time.perf_counter()
-        forest = RandomForestClassifier(100, class_weight="balanced", n_jobs=2, random_state=seed, **setting)
+        forest = RandomForestClassifier(
+            100, class_weight="balanced", n_jobs=2, random_state=seed, **setting
+        )
         forest.fit(x, y)
         seconds = shared + time.perf_counter() - began
-        labels = [forest.predict(t.reshape(-1, t.shape[-1])).reshape(t.shape[:2]).astype(np.uint8) for t in tests]
-        row = {"time": 0.0, "seconds": seconds, "setting": setting, **score(task, labels)}
+        labels = [
+            forest.predict(t.reshape(-1, t.shape[-1]))
+            .reshape(t.shape[:2])
+            .astype(np.uint8)
+            for t in tests
+        ]
+        row = {
+            "time": 0.0,
+            "seconds": seconds,
+            "setting": setting,
+            **score(task, labels),
+        }
         if not best or row["foreground"] > best["foreground"]:
             best = row
     return {"task": task.name, "method": "forest", "seed": seed, "rows": [best]}
@@ -184,12 +233,21 @@ def print_table(lines: list[dict[str, Any]]) -> None:
     value: dict[tuple[str, str, float], list[float]] = {}
     for line in lines:
         for row in line["rows"]:
-            value.setdefault((line["task"], line["method"], row["time"]), []).append(row["foreground"])
+            value.setdefault((line["task"], line["method"], row["time"]), []).append(
+                row["foreground"]
+            )
     tasks = [t for t in TASKS if any(k[0] == t for k in value)]
-    for method in dict.fromkeys(line["method"] for line in lines if line["method"] != "forest"):
+    for method in dict.fromkeys(
+        line["method"] for line in lines if line["method"] != "forest"
+    ):
         times = sorted({k[2] for k in value if k[1] == method})
-        print(f"\n{method}: foreground IoU, mean over seeds (spread), beside the forest")
-        print(f"{'task':16s} {'forest':>7s} " + " ".join(f"{f'{t:g} s':>14s}" for t in times))
+        print(
+            f"\n{method}: foreground IoU, mean over seeds (spread), beside the forest"
+        )
+        print(
+            f"{'task':16s} {'forest':>7s} "
+            + " ".join(f"{f'{t:g} s':>14s}" for t in times)
+        )
         ahead = {t: [] for t in times}
         for task in tasks:
             forest = float(np.mean(value.get((task, "forest", 0.0), [np.nan])))
@@ -202,8 +260,13 @@ def print_table(lines: list[dict[str, Any]]) -> None:
                 else:
                     cells.append("-")
             print(f"{task:16s} {forest:7.3f} " + " ".join(f"{c:>14s}" for c in cells))
-        print(f"{'ahead of forest':24s} " + " ".join(
-            f"{f'{np.mean(a):+.3f}, {np.sum(np.array(a) > 0)}/{len(a)}' if a else '-':>14s}" for a in ahead.values()))
+        print(
+            f"{'ahead of forest':24s} "
+            + " ".join(
+                f"{f'{np.mean(a):+.3f}, {np.sum(np.array(a) > 0)}/{len(a)}' if a else '-':>14s}"
+                for a in ahead.values()
+            )
+        )
 
 
 def main() -> None:
@@ -218,23 +281,38 @@ def main() -> None:
     parser.add_argument("--print", dest="only_print", type=Path)
     args = parser.parse_args()
     out = args.only_print or args.out
-    lines = [json.loads(row) for row in out.read_text().splitlines()] if out.exists() else []
+    lines = (
+        [json.loads(row) for row in out.read_text().splitlines()]
+        if out.exists()
+        else []
+    )
     if args.only_print is None:
         torch.set_num_threads(2)
         done = {(r["task"], r["method"], r["seed"]) for r in lines}
         times = tuple(t for t in TIMES if t <= args.seconds)
         for seed in range(args.seeds):
             for name in args.tasks.split(","):
-                todo = [m for m in args.methods.split(",") if (name, m, seed) not in done]
+                todo = [
+                    m for m in args.methods.split(",") if (name, m, seed) not in done
+                ]
                 task = load_task(args.data, name) if todo else None
                 for method in todo:
-                    run = (run_forest(task, seed) if method == "forest"
-                           else run_network(task, method, seed, times, TrainConfig()))
+                    run = (
+                        run_forest(task, seed)
+                        if method == "forest"
+                        else run_network(task, method, seed, times, TrainConfig())
+                    )
                     lines.append(run)
                     with out.open("a") as file:
                         file.write(json.dumps(run) + "\n")
-                    print(name, method, seed, [round(r["foreground"], 3) for r in run["rows"]],
-                          [r.get("steps") for r in run["rows"]], flush=True)
+                    print(
+                        name,
+                        method,
+                        seed,
+                        [round(r["foreground"], 3) for r in run["rows"]],
+                        [r.get("steps") for r in run["rows"]],
+                        flush=True,
+                    )
     print_table(lines)
 
 

@@ -294,6 +294,12 @@ def test_shift_moves_by_whole_pixels_in_both_axes():
     torch.testing.assert_close(zoom, torch.ones_like(zoom), atol=1e-4, rtol=0)
 
 
+def test_the_parts_of_a_draw_are_independent():
+    angle, zoom, centre = angles_and_zooms(Warp(rotation=20, scale=0.2, shift=9))
+    parts = torch.stack([angle, zoom, *centre.T])
+    assert (torch.corrcoef(parts) - torch.eye(4)).abs().max() < 0.2
+
+
 def test_rotation_and_zoom_compose_with_flips():
     spec = Warp(flip=True, right_angles=True, rotation=15, scale=0.1)
     grid = pixels(sampling_grid(300, 21, 101, seeded(), spec), 101)

@@ -217,7 +217,7 @@ def test_a_thousand_classes_are_the_limit():
     values = np.arange(1, 1001)
     assert evaluate(values, values).mean_iou == 1
     assert confusion_matrix(values, values, 1000).shape == (1000, 1001)
-    with pytest.raises(ValueError, match="1000 classes.*got 1001 values.*by class"):
+    with pytest.raises(ValueError, match=r"1000 classes.*got 1001 values.*by class"):
         evaluate(np.arange(1, 1002), np.arange(1, 1002))
 
 

@@ -36,7 +36,7 @@ TABLE = {
     "evaluate": "errors",
     "heldout": "evaluate errors",
     "modelfile": "io config errors",
-    "model": "modelfile networks preprocess config errors",
+    "model": "modelfile networks preprocess io config errors",
     "examples": "preprocess config errors",
     "checkpoint": "modelfile io config errors",
     "train": "model networks checkpoint losses augment sampling heldout evaluate"

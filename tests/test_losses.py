@@ -260,6 +260,14 @@ def test_background_may_only_be_left_out_of_several_classes(one):
     assert dice(*one, include_background=False).item() == dice(*one).item()
 
 
+def test_background_may_be_left_out_of_two_classes(three):
+    logits, labels = three[0][:, :2], three[1] % 2
+    p = logits.softmax(1)[:, 1]
+    expected = 1 - 2 * (p * labels).sum() / (p.sum() + labels.sum())
+    loss = dice(logits, labels, smooth=0, include_background=False)
+    assert loss.item() == pytest.approx(expected.item(), **EXACT)
+
+
 @pytest.mark.parametrize("loss", [dice, jaccard])
 def test_absent_classes_do_not_count(three, loss):
     logits, labels, _ = three
@@ -713,6 +721,14 @@ def test_far_cells_need_not_be_looked_at():
     np.testing.assert_allclose(
         border_weights(grid), brute_force(grid, 10, 5), rtol=1e-6, atol=1e-6
     )
+
+
+def test_a_high_border_reaches_further():
+    row = np.array([[1, 0, 0, 0, 0, 0, 2]])
+    weights = border_weights(row, w0=1e4, sigma=1)
+    # d1 = 1, d2 = 5, just behind the cell.
+    assert weights[0, 1] - 1 == pytest.approx(1e4 * math.exp(-18), abs=2e-7)
+    np.testing.assert_allclose(weights, brute_force(row, 1e4, 1), rtol=1e-6)
 
 
 def test_weight_map_leaves_its_input_alone():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any, Literal, Self
 
 NETWORKS = (
@@ -25,7 +25,9 @@ Up = Literal["transposed", "bilinear", "nearest"]
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:
-        raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
+        raise ValueError(
+            f"`{name}` must be one of {', '.join(choices)}, got {value!r}."
+        )
 
 
 def check_number(
@@ -36,12 +38,13 @@ def check_number(
     if isinstance(value, bool) or not isinstance(value, kinds):
         kind = "a whole number" if whole else "a number"
         raise ValueError(f"`{name}` must be {kind}, got {value!r}.")
-    if not (math.isfinite(value) and low <= value <= high):
+    # Compared first: a huge whole number has no float that could be finite.
+    if not (low <= value <= high and math.isfinite(value)):
         raise ValueError(f"`{name}` must lie between {low} and {high}, got {value!r}.")
 
 
 class Settings:
-    """What all settings share: to and from JSON, nothing unknown, nothing left out."""
+    """What all settings share: to and from JSON, and nothing unknown."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain JSON-able values."""
@@ -51,7 +54,9 @@ class Settings:
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Build from `to_dict`'s result; unknown names are a ValueError."""
         if not isinstance(values, dict):
-            raise ValueError(f"{cls.__name__} must be a table of settings, got {values!r}.")
+            raise ValueError(
+                f"{cls.__name__} must be a table of settings, got {values!r}."
+            )
         known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
         unknown = sorted(set(values) - known)
         if unknown:
@@ -59,9 +64,12 @@ class Settings:
                 f"{cls.__name__} has no setting {', '.join(map(repr, unknown))}. "
                 f"Known: {', '.join(sorted(known))}."
             )
-        return cls(
-            **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        )
+        needed = {f.name for f in fields(cls) if f.default is MISSING}  # type: ignore[arg-type]
+        if needed - set(values):
+            raise ValueError(
+                f"{cls.__name__} needs the setting {', '.join(sorted(needed))}."
+            )
+        return cls(**values)
 
     def to_json(self) -> str:
         """Return the settings as canonical JSON."""
@@ -166,7 +174,9 @@ class NetConfig(Settings):
             raise ValueError(f"`{self.name}` has {levels} levels, got {self.levels}.")
 
 
-def published_config(name: str, in_channels: int = 1, out_channels: int = 2) -> NetConfig:
+def published_config(
+    name: str, in_channels: int = 1, out_channels: int = 2
+) -> NetConfig:
     """Return the exact network of the paper that introduced `name`.
 
     Parameters
@@ -189,7 +199,9 @@ def published_config(name: str, in_channels: int = 1, out_channels: int = 2) -> 
     .. [3] Zhou et al., UNet++, DLMIA 2018, :DOI:`10.1007/978-3-030-00889-5_1`
     """
     check_choice("name", name, NETWORKS)
-    common = NetConfig(name, in_channels, out_channels, levels=_levels(name), norm="none")
+    common = NetConfig(
+        name, in_channels, out_channels, levels=_levels(name), norm="none"
+    )
     if name.startswith("fcn"):
         return common.replaced(width=64, dropout=0.5, published=True)
     if name in ("unet", "unet-valid"):
@@ -209,16 +221,17 @@ def working_config(
     levels: int | None = None,
     norm: Norm | None = None,
 ) -> NetConfig:
-    """Return the network for work: small enough to learn on two CPU cores in seconds."""
+    """Return the network for work: it learns on two CPU cores in seconds."""
     check_choice("name", name, NETWORKS)
-    widths = {"wide-unet": 18, "unet-valid": 16}
     if levels is None:
-        levels = _levels(name)
+        # The stem's half resolution stands for one of the paper's four poolings; the
+        # depths of UNet++ are numbered as in the paper all the same.
+        levels = 3 if name in ("unet", "wide-unet") else _levels(name)
     return NetConfig(
         name,
         in_channels,
         out_channels,
-        width=widths.get(name, 16) if width is None else width,
+        width={"wide-unet": 18}.get(name, 16) if width is None else width,
         levels=levels,
         norm="group" if norm is None else norm,
         deep_supervision=name == "unet++",
@@ -284,7 +297,7 @@ class TrainConfig(Settings):
     momentum: float = 0.9
     loss: str = "cross_entropy"
     balance: float = 1.0
-    prior: float = 0.5
+    prior: float = 1.0
     averaging: float = 6.0
     held_out: float = 0.1
     flip: bool = True
@@ -302,14 +315,18 @@ class TrainConfig(Settings):
     mixed_precision: bool = True
 
     def __post_init__(self) -> None:
-        whole = {"patch": (16, 4096), "batch": (1, 4096), "warp_after": (0, 10**9)}
+        whole: dict[str, tuple[float, float]] = {
+            "patch": (16, 4096),
+            "batch": (1, 4096),
+            "warp_after": (0, 10**9),
+        }
         for name, (low, high) in whole.items():
             check_number(name, getattr(self, name), low, high, whole=True)
         check_choice("optimizer", self.optimizer, ("adamw", "adam", "sgd"))
         check_choice(
             "loss", self.loss, ("cross_entropy", "dice", "jaccard", "bce_dice", "focal")
         )
-        limits = {
+        limits: dict[str, tuple[float, float]] = {
             "learning_rate": (1e-12, 10),
             "weight_decay": (0, 1),
             "momentum": (0, 0.9999),
@@ -344,7 +361,7 @@ class PredictConfig(Settings):
     ----------
     tile : int or None
         Side in pixels of the core that one step writes; None: the whole image up to
-        1 megapixel, tiles of 512 beyond.
+        768 x 768, tiles of 512 beyond.
     depth : int or None
         UNet++ head to use; None is the deepest.
     heads : {"last", "mean"}

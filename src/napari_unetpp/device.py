@@ -13,8 +13,8 @@ def resolve_device(device: str | torch.device | None = None) -> torch.device:
     Parameters
     ----------
     device : str, torch.device or None, optional
-        "cpu", "cuda", "cuda:1", "mps"; None or "auto" takes an NVIDIA GPU, else an Apple
-        GPU, else the CPU.
+        "cpu", "cuda", "cuda:1", "mps"; None or "auto" takes an NVIDIA GPU, else an
+        Apple GPU, else the CPU.
 
     Raises
     ------
@@ -27,7 +27,7 @@ def resolve_device(device: str | torch.device | None = None) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         wished = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         wished = torch.device("meta")
     if wished.type == "cpu":
         return wished
@@ -42,6 +42,16 @@ def resolve_device(device: str | torch.device | None = None) -> torch.device:
     raise ValueError(
         f"`device` must be one that this computer has ({', '.join(found)}), got "
         f"{str(device)!r}. Leave it out to use the fastest one."
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether this is how torch or numpy says that memory ran out."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    told = str(error)
+    return isinstance(error, RuntimeError) and (
+        "allocate memory" in told or "out of memory" in told
     )
 
 

@@ -1,4 +1,4 @@
-"""The errors that a user can meet; every message says the rule, the value, the remedy."""
+"""The errors that a user can meet; messages say the rule, the value, the remedy."""
 
 from __future__ import annotations
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from napari_unetpp.preprocess import Planes, Preprocessing, check_annotation
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def read_examples(
         which = f"[{i}]" if len(pairs) > 1 else ""
         planes = Planes(image, channel_axis=channel_axis, name=f"image{which}")
         channels.add(planes.channels)
-        if not hasattr(annotation, "shape"):
+        if not isinstance(getattr(annotation, "dtype", None), np.dtype):
             annotation = np.asarray(annotation)
         check_annotation(annotation, planes, f"annotation{which}")
         for number in range(len(planes)):
@@ -80,21 +82,23 @@ def read_examples(
             if not target.any():
                 continue
             plane = planes.plane(number)[:, :, :]
-            limits = preprocessing.limits(plane)
+            name = f"image{which}"
+            limits = preprocessing.limits(plane, name=name)
             if not np.any(limits[1] > limits[0]):
                 raise ValueError(
                     f"`image{which}` must have contrast where it is annotated, but "
-                    f"plane {number} holds only the value {plane.flat[0]}. Leave it out."
+                    f"plane {number} holds only the value {plane.flat[0]}. Leave it "
+                    "out."
                 )
-            found.images.append(preprocessing.apply(plane, limits))
+            found.images.append(preprocessing.apply(plane, limits, name=name))
             found.targets.append(target)
             found.numbers.append(number)
             found.fingerprints.append(_fingerprint(plane, target))
             top = max(top, int(target.max()))
     if not found.images:
         raise ValueError(
-            "`annotations` must have annotated pixels, got none. Paint a few strokes of "
-            "each class first."
+            "`annotations` must have annotated pixels, got none. Paint a few strokes "
+            "of each class first."
         )
     if len(channels) > 1:
         raise ValueError(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 BLOCK = 32  # px; held-out pixels come in whole blocks, so that neighbours stay together
 _MIX = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
@@ -81,15 +85,19 @@ def split(
     Returns
     -------
     training, scoring : lists of ndarray of shape (Y, X) and dtype uint8
-        Disjoint. Nothing is held out (`scoring` is all 0) while that would leave a class
-        without a scoring pixel or take more than a third of its training pixels.
+        Disjoint. Nothing is held out (`scoring` is all 0) while that would leave a
+        class without a scoring pixel or take more than a third of its pixels.
     """
     masks = [
-        held_out_mask(t.shape, seed=seed, fraction=fraction, plane=p)  # type: ignore[arg-type]
+        held_out_mask(t.shape, seed=seed, fraction=fraction, plane=p)
         for t, p in zip(targets, planes, strict=True)
     ]
-    training = [np.where(m, 0, t).astype(np.uint8) for t, m in zip(targets, masks, strict=True)]
-    scoring = [np.where(m, t, 0).astype(np.uint8) for t, m in zip(targets, masks, strict=True)]
+    training = [
+        np.where(m, 0, t).astype(np.uint8) for t, m in zip(targets, masks, strict=True)
+    ]
+    scoring = [
+        np.where(m, t, 0).astype(np.uint8) for t, m in zip(targets, masks, strict=True)
+    ]
     kept = count(training, n_classes)
     held = count(scoring, n_classes)
     present = (kept + held) > 0

@@ -7,19 +7,23 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
-from napari_unetpp import modelfile
-from napari_unetpp.config import NetConfig, Norm, Settings, check_number, working_config
+from napari_unetpp import io, modelfile
+from napari_unetpp.config import (
+    NETWORKS,
+    NetConfig,
+    Norm,
+    check_choice,
+    check_number,
+    working_config,
+)
 from napari_unetpp.errors import ModelFileError
 from napari_unetpp.networks import SegmentationNet, build_network, prune
 from napari_unetpp.preprocess import Preprocessing
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 _log = logging.getLogger("napari_unetpp")
 _MAX_BYTES = 2**30
@@ -112,7 +116,7 @@ class Model:
         ----------
         .. [1] Zhou et al., UNet++, DLMIA 2018, :DOI:`10.1007/978-3-030-00889-5_1`
         """
-        check_depth(self.network, depth)
+        depth = check_depth(self.network, depth)
         small = Model(
             prune(self.network, depth).eval(),
             self.classes,
@@ -205,14 +209,27 @@ def create_model(
     """
     names = check_classes(classes)
     if isinstance(network, NetConfig):
+        for name, value in (
+            ("in_channels", None if in_channels == 1 else in_channels),
+            ("width", width),
+            ("levels", levels),
+            ("norm", norm),
+        ):
+            if value not in (None, getattr(network, name)):
+                raise ValueError(
+                    f"`{name}` is already {getattr(network, name)} in `network`, got "
+                    f"{value!r}. Leave it out, or change the NetConfig."
+                )
         config = network.replaced(out_channels=len(names))
     else:
+        check_choice("network", network, NETWORKS)
         config = working_config(
             network, in_channels, len(names), width=width, levels=levels, norm=norm
         )
     check_number("width", config.width, 4, 128, whole=True)
     check_number("seed", seed, 0, 2**63 - 1, whole=True)
     check_unlabelled(unlabelled)
+    _on_paper(config)
     net = build_network(config, seed=seed).eval()
     return Model(net, names, unlabelled=unlabelled, provenance={"seed": seed})
 
@@ -235,7 +252,7 @@ def load_model(path: str | os.PathLike[str]) -> Model:
         If the file is damaged, lies about itself, or was not written by us.
     """
     file = modelfile.read(path)
-    return _from_file(file, os.path.basename(os.fspath(path)))
+    return _from_file(file, io.shown(path))
 
 
 def _from_file(file: modelfile.ModelFile, name: str) -> Model:
@@ -249,11 +266,12 @@ def _from_file(file: modelfile.ModelFile, name: str) -> Model:
     tensors = dict(file.tensors)
     expected = tensors.pop(_TEST, None)
     _match(model.network, tensors, name)
-    weights = {key: torch.from_numpy(np.array(value)) for key, value in tensors.items()}
+    kinds = {key: value.dtype for key, value in model.network.state_dict().items()}
+    weights = {
+        key: torch.from_numpy(np.array(value)).to(kinds[key])  # float16 becomes float32
+        for key, value in tensors.items()
+    }
     model.network.load_state_dict(weights, strict=True, assign=True)
-    frozen = build_flags(model.config)
-    for key, parameter in model.network.named_parameters():
-        parameter.requires_grad_(frozen.get(key, True))
     model.network.eval()
     provenance = dict(file.provenance)
     history = provenance.pop("history", [])
@@ -280,20 +298,23 @@ def _empty(config: Mapping[str, Any]) -> Model:
         raise ValueError(f"{len(prior)} prior values for {len(names)} classes.")
     for value in prior:
         check_number("prior", value, -100, 100)
-    with torch.device("meta"):
-        network = build_network(net)
-    size = sum(t.numel() * t.element_size() for t in network.state_dict().values())
-    if size > _MAX_BYTES:
-        raise ValueError(f"its weights would take {size / 2**30:.1f} GiB; 1 is the limit.")
+    network = _on_paper(net)
     preprocessing = Preprocessing.from_dict(config["preprocessing"])
     return Model(network, names, preprocessing, config["unlabelled"], prior)
 
 
-def build_flags(config: NetConfig) -> dict[str, bool]:
-    """Return which parameters learn (FCN's published up-sampling does not)."""
+def _on_paper(config: NetConfig) -> SegmentationNet:
+    """Build a network without memory for weights; ValueError if they are too many."""
     with torch.device("meta"):
         network = build_network(config)
-    return {name: p.requires_grad for name, p in network.named_parameters()}
+    size = sum(t.numel() * t.element_size() for t in network.state_dict().values())
+    if size > _MAX_BYTES:
+        raise ValueError(
+            f"The weights of this {config.name} would take {size / 2**30:.1f} GiB, "
+            f"allowed is {_MAX_BYTES / 2**30:.1f}. Choose fewer `levels`, a smaller "
+            "`width` or fewer classes."
+        )
+    return network
 
 
 def _match(network: SegmentationNet, tensors: Mapping[str, Any], name: str) -> None:
@@ -315,9 +336,15 @@ def _test_output(network: SegmentationNet) -> np.ndarray[Any, np.dtype[np.float3
     """Return the deepest head's logits, thinned, for an input made by a formula."""
     side = network.valid_size(1) if network.margin else 2 * network.multiple()
     y, x = np.mgrid[:side, :side].astype(np.float32)
-    image = np.stack([np.sin(0.3 * y + c) + np.cos(0.17 * x) for c in range(
-        network.config.in_channels)]).astype(np.float32)
+    image = np.stack(
+        [
+            np.sin(0.3 * y + c) + np.cos(0.17 * x)
+            for c in range(network.config.in_channels)
+        ]
+    ).astype(np.float32)
     parameter = next(network.parameters())
+    if network.training:
+        network = copy.deepcopy(network).eval()
     with torch.inference_mode():
         batch = torch.from_numpy(image)[None].to(parameter.device, parameter.dtype)
         logits = network(batch, last_only=True)[-1].flatten().float().cpu().numpy()

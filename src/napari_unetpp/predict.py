@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from napari_unetpp.config import PredictConfig
-from napari_unetpp.device import resolve_device
+from napari_unetpp.device import is_out_of_memory, resolve_device
 from napari_unetpp.errors import DeviceMemoryError
 from napari_unetpp.model import Model, check_depth
-from napari_unetpp.networks import SegmentationNet
 from napari_unetpp.networks.blocks import GroupNorm, measure_norms
 from napari_unetpp.preprocess import Planes, Preprocessing, read_window
 
-_MARGIN = 32  # px of mirrored image around it: zeros at the border would be learned as a class
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+    from napari_unetpp.networks import SegmentationNet
+
+# px of mirrored image around it: zeros at the border would be learned as a class
+_MARGIN = 32
 _TILE = 512
-_WHOLE = 768  # images up to this side are one tile, and their norms measured on all of it
-_SAMPLE = 256  # side of the 3 x 3 crops that larger images' norms are measured on
+_WHOLE = (
+    768  # images up to this side are one tile, and their norms measured on all of it
+)
+_SAMPLES = (256, 128, 64)  # sides of the 3 x 3 crops that larger images' norms are
+# measured on; the smaller ones where memory is short
 
 Span = tuple[int, int]
 
@@ -76,7 +84,7 @@ class _Geometry:
         ]
 
     def window(self, span: Span, axis: int) -> tuple[Span, int]:
-        """Return the input window along an axis and where the core begins in its output.
+        """Return the window along an axis and where the core begins in its output.
 
         The same network on the whole mirrored image would see the same zeros at its
         outer border, so windows end where that image ends and never further out.
@@ -84,7 +92,10 @@ class _Geometry:
         start, stop = span
         margin = self._network.margin
         if margin:
-            return (start - margin, start - margin + self._network.valid_size(stop - start)), 0
+            return (
+                start - margin,
+                start - margin + self._network.valid_size(stop - start),
+            ), 0
         end = self.round_up(self._shape[axis] + 2 * self._border) - self._border
         low = max(-self._border, start - self._halo)
         high = min(end, self.round_up(stop + self._halo))
@@ -105,7 +116,7 @@ class _Geometry:
 
 
 class _Plane:
-    """One plane, ready to be predicted: its grey-value limits and its norms are known."""
+    """One plane, ready to be predicted: its grey-value limits and norms are known."""
 
     def __init__(
         self,
@@ -123,37 +134,53 @@ class _Plane:
         self._limits = preprocessing.limits(plane)
         height, width = plane.shape[1:]
         self.geometry = _Geometry(network, depth, (height, width))
-        whole = max(height, width) <= _WHOLE
-        self.tile = config.tile or (max(height, width) if whole else _TILE)
         self._parameter = next(network.parameters())
         self._whole = _Core((0, height), (0, width))
-        self._known: list[torch.Tensor] = []  # the heads on the whole plane, once measured
+        self._known: list[
+            torch.Tensor
+        ] = []  # the heads on the whole plane, once measured
         if any(isinstance(m, GroupNorm) for m in network.modules()):
-            self._measure(whole)
+            self._measure(config.tile)
+
+    def _measure(self, tile: int | None) -> None:
+        """Fix the norms' statistics, on less of the plane where memory runs out."""
+        side = max(self._plane.shape[1:])
+        for sample in (0, *_SAMPLES) if side <= _WHOLE else _SAMPLES:
+            try:
+                heads = self._measured(sample)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                continue
+            if not sample and (tile is None or tile >= side):
+                self._known = heads if self._mean else heads[-1:]
+            return
+        raise DeviceMemoryError(_NO_MEMORY)
 
     @torch.inference_mode()
-    def _measure(self, whole: bool) -> None:
-        height, width = self._plane.shape[1:]
-        if whole:
-            centres = [self._whole]
-        else:
-            starts = [np.linspace(0, max(0, n - _SAMPLE), 3, dtype=int) for n in (height, width)]
-            centres = [
-                _Core((int(y), int(y) + _SAMPLE), (int(x), int(x) + _SAMPLE))
-                for y in starts[0]
-                for x in starts[1]
-            ]
-        batch = torch.cat([self._read(core, crop=not whole) for core in centres])
-        heads = measure_norms(self._network, batch, self._depth)
-        if whole and self.tile >= max(height, width):
-            self._known = heads if self._mean else heads[-1:]
+    def _measured(self, sample: int) -> list[torch.Tensor]:
+        """Measure on crops of side `sample`, or (0) on the whole plane."""
+        cores = [self._whole]
+        if sample:
+            rows, columns = (
+                [
+                    (int(a), int(a) + sample)
+                    for a in np.linspace(0, max(0, n - sample), 3)
+                ]
+                for n in self._plane.shape[1:]
+            )
+            cores = [_Core(y, x) for y in rows for x in columns]
+        batch = torch.cat([self._read(core, crop=bool(sample)) for core in cores])
+        return measure_norms(self._network, batch, self._depth)
 
     def _read(self, core: _Core, *, crop: bool = False) -> torch.Tensor:
         if crop and not self._network.margin:
             rows, columns = core.rows, core.columns
         else:
             rows, columns = (self.geometry.window(s, a)[0] for a, s in enumerate(core))
-        window = read_window(self._plane, rows, columns, self._preprocessing, self._limits)
+        window = read_window(
+            self._plane, rows, columns, self._preprocessing, self._limits
+        )
         batch = torch.from_numpy(np.ascontiguousarray(window))[None]
         return batch.to(self._parameter.device, memory_format=torch.channels_last)
 
@@ -256,36 +283,41 @@ def _tiles(
     probabilities: bool,
 ) -> Iterator[Tile]:
     shift = 1 if model.unlabelled == 0 else 0
-    for number in where.planes():
-        plane = _Plane(network, planes.plane(number), model.preprocessing, config, depth)
-        lead = tuple(int(i) for i in np.unravel_index(number, planes.leading or (1,)))
-        lead = lead if planes.leading else ()
-        queue = where.sort(plane.geometry.cores(plane.tile))
+    geometry = _Geometry(network, depth, planes.shape)
+    side = max(planes.shape)
+    cores = geometry.cores(config.tile or (side if side <= _WHOLE else _TILE))
+    for number, queue in where.jobs(cores):
+        plane = _Plane(
+            network, planes.plane(number), model.preprocessing, config, depth
+        )
+        lead: tuple[int | slice, ...] = planes.index(number)
+        queue.reverse()
         while queue:
-            core = queue.pop(0)
+            core = queue.pop()
             try:
                 found = plane.probabilities(core).cpu()
-            except RuntimeError as error:
-                parts = _parts(error, plane.geometry, core)
-                queue = parts + queue
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                queue += _parts(geometry, core)
                 continue
             labels = (found.argmax(0) + shift).to(torch.uint8).numpy()
             slices = (*lead, slice(*core.rows), slice(*core.columns))
             yield Tile(slices, labels, found.numpy() if probabilities else None)
 
 
-def _parts(error: RuntimeError, geometry: _Geometry, core: _Core) -> list[_Core]:
-    """Return smaller cores when memory ran out; any other error goes on."""
-    short = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
-    if not short:
-        raise error
+_NO_MEMORY = (
+    "The device has no memory left even for a small tile. Close other programs, "
+    "choose a smaller depth, or use device='cpu'."
+)
+
+
+def _parts(geometry: _Geometry, core: _Core) -> list[_Core]:
+    """Return smaller cores, the first one last, or raise DeviceMemoryError."""
     parts = geometry.split(core)
     if not parts:
-        raise DeviceMemoryError(
-            "The device has no memory left even for a small tile. Close other programs, "
-            "choose a smaller depth, or use device='cpu'."
-        ) from None
-    return parts
+        raise DeviceMemoryError(_NO_MEMORY)
+    return parts[::-1]
 
 
 def predict(
@@ -392,39 +424,47 @@ class _Order:
     def __init__(self, first: Sequence[int | slice] | None, planes: Planes) -> None:
         self._planes = planes
         shape = (*planes.leading, *planes.shape)
-        key = tuple(first) if first is not None else (slice(None), slice(None))
-        if len(key) not in (2, len(shape)) or not all(
-            isinstance(k, (int, slice)) for k in key
-        ):
+        whole = (slice(None),) * len(shape)
+        try:
+            key = whole if first is None else tuple(first)
+            key = whole[: len(shape) - 2] + key if len(key) == 2 else key
+            self._ranges = [
+                range(n)[k] if isinstance(k, slice) else (range(n)[k],)
+                for k, n in zip(key, shape, strict=True)
+            ]
+        except (TypeError, ValueError, IndexError):
             raise ValueError(
-                f"`first` must be 2 or {len(shape)} slices (or ints), got {first!r}."
-            )
-        if len(key) == 2:
-            key = (slice(None),) * len(planes.leading) + key
-        self._ranges = [
-            range(n)[k] if isinstance(k, slice) else range(k % n, k % n + 1)
-            for k, n in zip(key, shape, strict=True)
-        ]
+                f"`first` must be 2 or {len(shape)} whole numbers or slices within the "
+                f"labels of shape {shape}, got {first!r}."
+            ) from None
 
-    def planes(self) -> list[int]:
-        leading = self._planes.leading
-        wanted = [set(r) for r in self._ranges[:-2]]
+    def jobs(self, cores: list[_Core]) -> Iterator[tuple[int, list[_Core]]]:
+        """Yield planes and what to do of each: the region of all planes, then the rest.
 
-        def later(number: int) -> bool:
-            index = np.unravel_index(number, leading) if leading else ()
-            return any(int(i) not in w for i, w in zip(index, wanted, strict=True))
+        One plane in view is finished at once, so that it need not be read twice.
+        """
+        planes = range(len(self._planes))
+        first = [n for n in planes if self._wanted(n)]
+        cores = sorted(cores, key=self._distance)
+        inside = [core for core in cores if self._distance(core)[0] == 0]
+        outside = [core for core in cores if self._distance(core)[0] > 0]
+        if len(first) == 1 or not outside or not inside:
+            yield from ((n, [*cores]) for n in first)
+        else:
+            yield from ((n, [*inside]) for n in first)
+            yield from ((n, [*outside]) for n in first)
+        wanted = set(first)
+        yield from ((n, [*cores]) for n in planes if n not in wanted)
 
-        return sorted(range(len(self._planes)), key=later)
+    def _wanted(self, number: int) -> bool:
+        place = self._planes.index(number)
+        return all(i in r for i, r in zip(place, self._ranges, strict=False))
 
-    def sort(self, cores: list[_Core]) -> list[_Core]:
-        """Order by the gap between core and region, then by the distance of centres."""
-
-        def key(core: _Core) -> tuple[float, float]:
-            gap = centre = 0.0
-            for (start, stop), r in zip(core, self._ranges[-2:], strict=True):
-                low, high = (r[0], r[-1] + 1) if len(r) else (0, 0)
-                gap += max(0, low - stop + 1, start - high + 1)
-                centre += ((start + stop) / 2 - (low + high) / 2) ** 2
-            return gap, centre
-
-        return sorted(cores, key=key)
+    def _distance(self, core: _Core) -> tuple[float, float]:
+        """Return the gap between core and region, and the distance of their centres."""
+        gap = centre = 0.0
+        for (start, stop), r in zip(core, self._ranges[-2:], strict=True):
+            low, high = (min(r), max(r) + 1) if len(r) else (0, 0)
+            gap += max(0, low - stop + 1, start - high + 1)
+            centre += ((start + stop) / 2 - (low + high) / 2) ** 2
+        return gap, centre

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from napari_unetpp.config import Settings, check_number
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _SAMPLE = 1_000_000  # pixels that the percentiles are taken from
 
@@ -47,13 +49,17 @@ class Preprocessing(Settings):
                     f"{getattr(self, small)} and {getattr(self, large)}."
                 )
 
-    def limits(self, plane: Plane | NDArray[Any]) -> NDArray[np.float64]:
+    def limits(
+        self, plane: Plane | NDArray[Any], *, name: str = "image"
+    ) -> NDArray[np.float64]:
         """Return the grey values that become 0 and 1, float64 of shape (2, C).
 
         Parameters
         ----------
         plane : Plane or array of shape (C, Y, X)
             A lazy one is read once, thinned to a million pixels.
+        name : str, optional
+            What the message calls it.
 
         Raises
         ------
@@ -63,8 +69,10 @@ class Preprocessing(Settings):
         step = max(1, int(np.ceil(np.sqrt(plane.shape[1] * plane.shape[2] / _SAMPLE))))
         sample = _as_float(np.asarray(plane[:, ::step, ::step]))
         sample = sample.reshape(len(sample), -1)
-        _check_finite(sample)
-        limits = np.percentile(sample, (self.low, self.high), axis=1).astype(np.float64)
+        _check_finite(sample, name)
+        limits: NDArray[np.float64] = np.percentile(
+            sample, (self.low, self.high), axis=1
+        ).astype(np.float64)
         # A plane that is flat but for a few pixels has equal percentiles.
         flat = limits[1] <= limits[0]
         limits[1] = np.where(flat, sample.max(axis=1), limits[1])
@@ -72,7 +80,11 @@ class Preprocessing(Settings):
         return limits
 
     def apply(
-        self, pixels: NDArray[Any], limits: NDArray[np.float64]
+        self,
+        pixels: NDArray[Any],
+        limits: NDArray[np.float64],
+        *,
+        name: str = "image",
     ) -> NDArray[np.float32]:
         """Scale pixels (C, ...) by `limits`; a channel without contrast becomes 0."""
         shape = (-1,) + (1,) * (pixels.ndim - 1)
@@ -80,7 +92,7 @@ class Preprocessing(Settings):
         span = limits[1].reshape(shape) - low
         scale = np.divide(1, span, out=np.zeros_like(span), where=span > 0)
         values = _as_float(pixels)
-        _check_finite(values)
+        _check_finite(values, name)
         values -= low.astype(values.dtype)
         values *= scale.astype(values.dtype)
         np.clip(values, self.clip_low, self.clip_high, out=values)
@@ -88,18 +100,18 @@ class Preprocessing(Settings):
 
 
 def _as_float(pixels: NDArray[Any]) -> NDArray[Any]:
-    """Copy to float32, or to float64 what has more digits than float32 can tell apart."""
+    """Copy to float32, or to float64 what float32 cannot tell apart."""
     exact = pixels.dtype.itemsize < 4 or pixels.dtype == np.float32
     return pixels.astype(np.float32 if exact else np.float64)
 
 
-def _check_finite(values: NDArray[Any]) -> None:
+def _check_finite(values: NDArray[Any], name: str) -> None:
     with np.errstate(invalid="ignore", over="ignore"):
         total = values.sum(dtype=np.float64)
     if not np.isfinite(total):
         bad = int(np.count_nonzero(~np.isfinite(values)))
         raise ValueError(
-            f"`image` must hold finite numbers only, got {bad} NaN or infinite values "
+            f"`{name}` must hold finite numbers only, got {bad} NaN or infinite values "
             "(or values beyond 1e300). Replace them, for example with "
             "numpy.nan_to_num, and try again."
         )
@@ -175,8 +187,8 @@ class Planes:
         kind = np.dtype(image.dtype).kind
         if kind not in "buif":
             raise ValueError(
-                f"`{name}` must hold real numbers, got dtype {image.dtype}. Convert it, "
-                "for example to float32 (of a complex image: its absolute value)."
+                f"`{name}` must hold real numbers, got dtype {image.dtype}. Convert "
+                "it, for example to float32 (of a complex image: its absolute value)."
             )
         need = 2 if channel_axis is None else 3
         if image.ndim < need or min(image.shape) == 0:
@@ -191,12 +203,14 @@ class Planes:
                     "channel_axis=-1, or the axis that holds the channels."
                 )
             return
-        check_number("channel_axis", channel_axis, -image.ndim, image.ndim - 1, whole=True)
+        check_number(
+            "channel_axis", channel_axis, -image.ndim, image.ndim - 1, whole=True
+        )
         if image.shape[channel_axis] > 16:
             raise ValueError(
                 f"`{name}` must have at most 16 channels, got "
-                f"{image.shape[channel_axis]} along channel_axis={channel_axis} of shape "
-                f"{tuple(image.shape)}. Is that the right axis?"
+                f"{image.shape[channel_axis]} along channel_axis={channel_axis} of "
+                f"shape {tuple(image.shape)}. Is that the right axis?"
             )
 
     def __len__(self) -> int:
@@ -219,7 +233,8 @@ def check_annotation(annotation: Any, planes: Planes, name: str) -> None:
     if tuple(annotation.shape) != shape:
         raise ValueError(
             f"`{name}` must have the image's shape {shape}, got "
-            f"{tuple(annotation.shape)}. Pick the annotation that was drawn on this image."
+            f"{tuple(annotation.shape)}. Pick the annotation that was drawn on this "
+            "image."
         )
     if np.dtype(annotation.dtype).kind not in "bui":
         raise ValueError(
@@ -242,7 +257,7 @@ def read_window(
     preprocessing: Preprocessing,
     limits: NDArray[np.float64],
 ) -> NDArray[np.float32]:
-    """Return a normalised window (C, rows, columns), mirrored where it leaves the plane."""
+    """Return a normalised window (C, rows, columns), mirrored outside the plane."""
     y = reflect(np.arange(*rows), plane.shape[1])
     x = reflect(np.arange(*columns), plane.shape[2])
     block = np.asarray(plane[:, y.min() : y.max() + 1, x.min() : x.max() + 1])

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 class Draw(NamedTuple):
-    """Places of one batch: which image, and the row and column of the patch's centre."""
+    """Places of one batch: which image, and row and column of the patch's centre."""
 
-    index: NDArray[np.int64]  # (N,)
+    image: NDArray[np.int64]  # (N,)
     centres: NDArray[np.int64]  # (N, 2)
 
 
@@ -19,8 +21,8 @@ class PatchSampler:
     """Draws patch centres near annotated pixels.
 
     An (image, class) pair is drawn with a probability that grows with the square root
-    of its number of annotated pixels, which feeds rare classes without forgetting common
-    ones; then one of its pixels, which lands anywhere inside the patch.
+    of its number of annotated pixels, which feeds rare classes without forgetting
+    common ones; then one of its pixels, which lands anywhere inside the patch.
 
     Parameters
     ----------
@@ -53,14 +55,14 @@ class PatchSampler:
                 self._points.append(points[values == value])
         if not self._points:
             raise ValueError(
-                "`annotations` must have annotated pixels, got none. Paint a few strokes "
-                "of each class first."
+                "`annotations` must have annotated pixels, got none. Paint a few "
+                "strokes of each class first."
             )
         weights = np.sqrt([len(p) for p in self._points])
         self._probability = weights / weights.sum()
 
     def draw(self, n: int) -> Draw:
-        """Draw `n` patches; half the patch, less 8 px, bounds the shift of the centre."""
+        """Draw `n` patches; the centres shift by up to half the patch, less 8 px."""
         groups = self._rng.choice(len(self._points), size=n, p=self._probability)
         ranks = self._rng.random(n)
         reach = max(0, self._patch // 2 - 8)

@@ -5,18 +5,24 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Generator, Sequence
-from typing import Any, Protocol
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from napari_unetpp import __version__, augment, heldout, losses
-from napari_unetpp.config import NetConfig, TrainConfig, check_number, working_config
-from napari_unetpp.device import autocast, resolve_device
-from napari_unetpp.errors import TrainingError
+from napari_unetpp.config import (
+    NETWORKS,
+    NetConfig,
+    TrainConfig,
+    check_choice,
+    check_number,
+    working_config,
+)
+from napari_unetpp.device import autocast, is_out_of_memory, resolve_device
+from napari_unetpp.errors import DeviceMemoryError, TrainingError
 from napari_unetpp.evaluate import evaluate
 from napari_unetpp.examples import Examples, read_examples
 from napari_unetpp.model import (
@@ -26,8 +32,13 @@ from napari_unetpp.model import (
     check_unlabelled,
     create_model,
 )
-from napari_unetpp.networks import SegmentationNet, build_network
+from napari_unetpp.networks import build_network
 from napari_unetpp.sampling import PatchSampler
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterator, Sequence
+
+    from numpy.typing import NDArray
 
 _SCORE_EVERY = 25  # steps; the crops that are scored cost about as much as one step
 _SCORE_CROPS = 16
@@ -77,13 +88,14 @@ class Trainer:
         self._rng = np.random.default_rng(seed)
         self._generator = torch.Generator().manual_seed(seed)
         self._read(examples)
-        self.network = model.copy().network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network = model.copy().network.to(
+            device, memory_format=torch.channels_last
+        )  # type: ignore[call-overload]
         self.network.add_to_logits([-p for p in model.prior])
         self._shown = model.copy().network.to(device)
         self._shown.load_state_dict(self.network.state_dict())
         self._optimizer = self._make_optimizer()
         self._frequency = np.zeros(self._n_classes)
-        self._frequency_weight = 0.0
 
     def _read(self, examples: Examples) -> None:
         training, scoring = heldout.split(
@@ -110,11 +122,13 @@ class Trainer:
         windows, truths = augment.cut_windows(
             self._images,
             [torch.from_numpy(s).to(self._device) for s in scoring],
-            draw.index,
-            draw.centres,
+            draw.image.tolist(),
+            draw.centres.tolist(),
             self._score_side(),
         )
-        return [(w[None], t.cpu().numpy()) for w, t in zip(windows, truths, strict=True)]
+        return [
+            (w[None], t.cpu().numpy()) for w, t in zip(windows, truths, strict=True)
+        ]
 
     def _score_side(self) -> int:
         network = self._start.network
@@ -155,7 +169,11 @@ class Trainer:
         )
         window = spec.window(side)
         windows, annotation = augment.cut_windows(
-            self._images, self._targets, draw.index, draw.centres, window
+            self._images,
+            self._targets,
+            draw.image.tolist(),
+            draw.centres.tolist(),
+            window,
         )
         grid = augment.sampling_grid(
             c.batch, side, window, self._generator, spec, self._device
@@ -180,7 +198,7 @@ class Trainer:
         """Take one optimizer step and return its loss."""
         self.network.train()
         patches, target = self.batch()
-        with autocast(self._device, self._config.mixed_precision):
+        with autocast(self._device, self._config.mixed_precision), self._dropout():
             heads = self.network(patches)
         loss = self._loss(heads, target)
         self._optimizer.zero_grad(set_to_none=True)
@@ -191,12 +209,23 @@ class Trainer:
         value = float(loss.detach())
         if not math.isfinite(value):
             raise TrainingError(
-                f"The loss must stay finite, got {value} at step {self.steps}. Start over "
-                "with a smaller learning_rate; look for extreme values in the images."
+                f"The loss must stay finite, got {value} at step {self.steps}. Start "
+                "over with a smaller `learning_rate`."
             )
         if self._scored and self.steps % _SCORE_EVERY == 0:
             self.score = self._measure_score()
         return value
+
+    @contextmanager
+    def _dropout(self) -> Iterator[None]:
+        """Let dropout follow our seed, and leave the caller's random numbers alone."""
+        if not self.network.config.dropout:
+            yield
+            return
+        devices = [self._device] if self._device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed((self._seed * 1_000_003 + self.steps) % 2**63)
+            yield
 
     def _loss(self, heads: list[Tensor], target: Tensor) -> Tensor:
         name = self._config.loss
@@ -217,7 +246,6 @@ class Trainer:
         counts_np = counts[1:].cpu().numpy().astype(float)
         decay = 0.98
         self._frequency = decay * self._frequency + (1 - decay) * counts_np
-        self._frequency_weight = decay * self._frequency_weight + (1 - decay)
         share = self._frequency / max(self._frequency.sum(), 1e-9)
         weights = np.maximum(share, 1e-3) ** -self._config.balance
         return torch.as_tensor(weights / weights.mean(), dtype=torch.float32).to(
@@ -229,7 +257,7 @@ class Trainer:
         """Follow the weights with a window that grows with the steps."""
         power = self._config.averaging + 1
         keep = (1 - 1 / (self.steps + 1)) ** power if self._config.averaging else 0.0
-        shown = list(self._shown.parameters())
+        shown: list[Tensor] = list(self._shown.parameters())
         torch._foreach_lerp_(shown, list(self.network.parameters()), 1 - keep)
         for mine, theirs in zip(
             self._shown.buffers(), self.network.buffers(), strict=True
@@ -243,7 +271,9 @@ class Trainer:
         margin = self._shown.margin
         for window, truth in self._scored:
             logits = self._shown(window, last_only=True)[-1][0]
-            inner = truth[margin : truth.shape[0] - margin, margin : truth.shape[1] - margin]
+            inner = truth[
+                margin : truth.shape[0] - margin, margin : truth.shape[1] - margin
+            ]
             labels.append((logits.argmax(0) + 1).cpu().numpy()[inner > 0])
             truths.append(inner[inner > 0])
         result = evaluate(np.concatenate(labels), np.concatenate(truths))
@@ -252,7 +282,9 @@ class Trainer:
     def model(self, history: Sequence[TrainStep] = ()) -> Model:
         """Return the model as it stands, its own copy on the CPU."""
         model = self._start.copy()
-        weights = {k: v.detach().cpu().clone() for k, v in self._shown.state_dict().items()}
+        weights = {
+            k: v.detach().cpu().clone() for k, v in self._shown.state_dict().items()
+        }
         model.network.load_state_dict(weights)
         model.network.eval()
         model.prior = self._prior()
@@ -306,8 +338,9 @@ def train_steps(
 
     Parameters
     ----------
-    images : array or sequence of arrays of shape (..., Y, X), channels at `channel_axis`
-        Sizes and dtypes may differ; lazy arrays are read where they are annotated.
+    images : array or sequence of arrays of shape (..., Y, X)
+        With channels at `channel_axis`. Sizes and dtypes may differ; lazy arrays are
+        read where they are annotated.
     annotations : array or sequence of arrays of shape (..., Y, X) and an integer dtype
         One per image: 0 = not annotated, v = ``classes[v - 1]``; with
         ``unlabelled=None`` dense masks, v = ``classes[v]``.
@@ -318,7 +351,7 @@ def train_steps(
     classes : sequence of str or None, optional
         Names; None: "background", "class 2", ... up to the highest number found.
     unlabelled : {0, None}, optional
-        Value that means "not annotated".
+        Value that means "not annotated"; a given `model` keeps its own coding.
     channel_axis : int or None, optional
         Axis of the channels in every image.
     config : TrainConfig or None, optional
@@ -347,15 +380,27 @@ def train_steps(
         If an argument does not fit; before anything is trained.
     TrainingError
         If the loss is no longer finite.
+    DeviceMemoryError
+        If a step does not fit on the device.
     """
+    # Any optimizer imports it at its first step; those seconds would be the user's.
+    import torch._dynamo
+
     began = time.perf_counter()
     _check_limits(max_seconds, max_steps, seed)
     if max_seconds is None and max_steps is None:
         max_seconds = 30.0
     target_device = resolve_device(device)
-    if model is not None:
-        unlabelled = model.unlabelled
     check_unlabelled(unlabelled)
+    if model is not None:
+        if unlabelled is None and model.unlabelled == 0:
+            raise ValueError(
+                "`unlabelled` must be 0 as for the given model, got None. Add 1 to the "
+                "dense masks, or train a new model."
+            )
+        unlabelled = model.unlabelled
+    if config is not None and not isinstance(config, TrainConfig):
+        raise ValueError(f"`config` must be a TrainConfig, got {config!r}.")
     examples = read_examples(
         images,
         annotations,
@@ -363,7 +408,7 @@ def train_steps(
         channel_axis=channel_axis,
         preprocessing=model.preprocessing if model else None,
     )
-    names = _class_names(classes, model, examples)
+    names = _class_names(classes, model, examples, 0 if unlabelled is None else 1)
     start = _starting_model(model, network, names, examples, unlabelled, seed)
     trainer = Trainer(
         start, examples, config or TrainConfig(), seed=seed, device=target_device
@@ -381,7 +426,15 @@ def _loop(
 ) -> Generator[TrainStep, None, Model]:
     history: list[TrainStep] = []
     while True:
-        loss = trainer.step()
+        try:
+            loss = trainer.step()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise DeviceMemoryError(
+                "The device has no memory left for a training step. Choose a smaller "
+                "`batch` or `patch`, close other programs, or use device='cpu'."
+            ) from None
         seconds = time.perf_counter() - began
         history.append(TrainStep(trainer.steps, loss, seconds, trainer.score))
         yield history[-1]
@@ -407,7 +460,7 @@ def train(images: Any, annotations: Any, **settings: Any) -> Model:
 
     Raises
     ------
-    ValueError, TrainingError
+    ValueError, TrainingError, DeviceMemoryError
         As `train_steps`.
     """
     steps = train_steps(images, annotations, **settings)
@@ -427,23 +480,27 @@ def _check_limits(max_seconds: Any, max_steps: Any, seed: Any) -> None:
 
 
 def _class_names(
-    classes: Sequence[str] | None, model: Model | None, examples: Examples
+    classes: Sequence[str] | None, model: Model | None, examples: Examples, base: int
 ) -> tuple[str, ...]:
+    """Return all names; `base` is the first class's value in the annotation."""
     found = np.flatnonzero(
-        np.sum([np.bincount(t.ravel(), minlength=256) for t in examples.targets], axis=0)[1:]
+        np.sum(
+            [np.bincount(t.ravel(), minlength=256) for t in examples.targets], axis=0
+        )[1:]
     )
     if classes is None and model is None:
         if len(found) < 2:
             raise ValueError(
                 "`annotations` must hold at least two classes, got only the value(s) "
-                f"{[int(v) + 1 for v in found]}. Paint some of another class, or name "
-                "all classes with classes=(...)."
+                f"{[int(v) + base for v in found]}. Paint some of another class, or "
+                "name all classes with classes=(...)."
             )
         empty = sorted(set(range(examples.n_classes)) - {int(v) for v in found})
         if empty:
             raise ValueError(
-                "`annotations` must use the numbers 1, 2, 3, ... without a gap unless "
-                f"`classes` names them all; nothing has the number {empty[0] + 1}."
+                f"`annotations` must use the numbers {base}, {base + 1}, ... without a "
+                f"gap unless `classes` names them all; nothing has the number "
+                f"{empty[0] + base}."
             )
         rest = (f"class {i}" for i in range(2, examples.n_classes + 1))
         return ("background", *rest)
@@ -458,8 +515,9 @@ def _class_names(
         names = wished
     if examples.n_classes > len(names):
         raise ValueError(
-            f"`annotations` must hold classes 1 to {len(names)} ({', '.join(names)}), got "
-            f"class number {examples.n_classes}. Name more `classes`."
+            f"`annotations` must hold classes {base} to {len(names) - 1 + base} "
+            f"({', '.join(names)}), got {examples.n_classes - 1 + base}. Name more "
+            "`classes`."
         )
     return names
 
@@ -474,7 +532,8 @@ def _starting_model(
 ) -> Model:
     channels = len(examples.images[0])
     if model is None:
-        if isinstance(network, str):
+        if not isinstance(network, NetConfig):
+            check_choice("network", network, NETWORKS)
             network = working_config(network, channels, len(names))
         if network.in_channels != channels:
             raise ValueError(
@@ -491,7 +550,7 @@ def _starting_model(
 
 
 def _with_classes(model: Model, names: tuple[str, ...], seed: int) -> Model:
-    """Return a copy with outputs for more classes; the old classes keep their weights."""
+    """Return a copy with outputs for more classes; the old ones keep their weights."""
     if names == model.classes:
         return model.copy()
     config = model.config.replaced(out_channels=len(names))
@@ -511,7 +570,9 @@ def _with_classes(model: Model, names: tuple[str, ...], seed: int) -> Model:
             wide[k:] = wide[k:] if len(rest) else 0
             fresh[name] = wide.reshape(fresh[name].shape)
     network.load_state_dict(fresh)
-    prior = model.prior + (0.0,) * (len(names) - len(model.prior)) if model.prior else ()
+    prior = (
+        model.prior + (0.0,) * (len(names) - len(model.prior)) if model.prior else ()
+    )
     return Model(
         network,
         names,

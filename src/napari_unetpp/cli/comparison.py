@@ -19,12 +19,12 @@ Pixels = NDArray[np.uint8]
 # Okabe and Ito's colours, which colour-blind people can tell apart; the first three
 # also differ in brightness.
 COLOURS = (
-    (0, 114, 178),
+    (86, 180, 233),
     (240, 228, 66),
     (213, 94, 0),
     (0, 158, 115),
     (204, 121, 167),
-    (86, 180, 233),
+    (0, 114, 178),
     (230, 159, 0),
 )
 _PANEL = 512  # px; smaller pictures are enlarged to about this, larger ones thinned
@@ -243,7 +243,7 @@ def _sheet(panels: list[tuple[str, str, Pixels]], classes: tuple[str, ...]) -> P
     """Set panels in rows, with titles above and the classes' colours below."""
     drawn = [_sized(pixels) for _, _, pixels in panels]
     height, width = drawn[0].shape[:2]
-    columns = min(4, len(panels))
+    columns = len(panels) if len(panels) <= 5 else 4
     rows = -(-len(panels) // columns)
     head = _TITLE + _TEXT + 3 * _GAP // 2
     size = (

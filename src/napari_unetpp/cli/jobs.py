@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -321,14 +322,12 @@ def write_probabilities(
 ) -> None:
     """Write probabilities (K, ..., Y, X) as a float32 TIFF, a channel per class."""
     axes = f"C{'QQQZYX'[-(values.ndim - 1) :]}"
-    io.atomic_write(
-        path,
-        lambda file: tifffile.imwrite(
-            file,
-            values,
-            bigtiff=values.nbytes > 2**31,
-            photometric="minisblack",
-            metadata={"axes": axes},
-        ),
-        overwrite=overwrite,
+    buffer = BytesIO()
+    tifffile.imwrite(
+        buffer,
+        values,
+        bigtiff=values.nbytes > 2**31,
+        photometric="minisblack",
+        metadata={"axes": axes},
     )
+    io.atomic_write(path, buffer.getvalue(), overwrite=overwrite)

@@ -157,6 +157,10 @@ def _report(console: Console, tally: _Tally) -> int:
     if not failed:
         return 0
     lines = [f"error: {count(len(failed), 'image')} could not be labelled:"]
-    lines += [f"  {plain(t.image)}: {plain(message_of(e))}" for t, e in failed]
+    lines += [f"  {plain(t.image)}: {_one_line(e)}" for t, e in failed]
     console.tell("\n".join(lines))
     return max(3, *(exit_code(error) for _, error in failed))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(message_of(error).splitlines())

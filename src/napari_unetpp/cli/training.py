@@ -141,6 +141,11 @@ def demo(options: Namespace, console: Console) -> int:
     from napari_unetpp import api, samples
     from napari_unetpp.cli import comparison
 
+    if options.sample not in samples.SAMPLES:
+        raise ValueError(
+            f"--sample must be one of {', '.join(samples.SAMPLES)}, got "
+            f"{options.sample!r}."
+        )
     sample = samples.load(options.sample)
     comparison.unseen_truth(sample)
     folder = options.out or Path("napari-unetpp-demo")

@@ -196,8 +196,8 @@ def _compact(labels: np.ndarray) -> np.ndarray:
             "`labels` must be whole numbers of shape (..., Y, X), "
             f"got {labels.shape} {labels.dtype}."
         )
-    low, high = int(labels.min()), int(labels.max())
     if labels.dtype.itemsize == 8:
+        low, high = int(labels.min()), int(labels.max())
         kind = np.promote_types(np.min_scalar_type(low), np.min_scalar_type(high))
         return labels.astype(kind)
     return labels.astype(labels.dtype.newbyteorder("="), copy=False)
@@ -222,7 +222,8 @@ def _image(
             f"`{name}` does not fit into the memory. Cut it into smaller images."
         ) from error
     except BROKEN as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        told = "".join(c if c.isprintable() else " " for c in str(error))
+        reason = " ".join(told.split())[:200] or type(error).__name__
         hint = "Copy it once more, or save it again in Fiji as an uncompressed TIFF."
         if "imagecodecs" in reason:
             hint = "Install the package imagecodecs, or save it without compression."

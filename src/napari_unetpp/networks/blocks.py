@@ -159,10 +159,15 @@ class SegmentationNet(nn.Module):
     def draw_weights(self, generator: torch.Generator) -> None:
         """Draw all weights as He et al. for ReLU: N(0, sqrt(2 / fan-in)), biases 0.
 
+        The four pixels that a head unfolds start with the same weights [2]_; drawn on
+        their own they would print a checkerboard on early predictions.
+
         References
         ----------
         .. [1] He et al., Delving Deep into Rectifiers, ICCV 2015,
                :DOI:`10.1109/ICCV.2015.123`
+        .. [2] Aitken et al., Checkerboard artifact free sub-pixel convolution, 2017,
+               :arXiv:`1707.02937`
         """
         for module in self.modules():
             if not isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
@@ -173,6 +178,10 @@ class SegmentationNet(nn.Module):
                 module.weight.normal_(0, deviation, generator=generator)
             if module.bias is not None:
                 module.bias.zero_()
+        for head in self.modules():
+            if isinstance(head, Head) and head.unfold:
+                weight = head.score.weight  # (4 K, F, 1, 1), a pixel's four in a row
+                weight.copy_(weight[::4].repeat_interleave(4, dim=0))
 
     def checked_depth(self, depth: int | None) -> int:
         """Return `depth`, or the deepest if None; ValueError if it has no head."""
