@@ -19,7 +19,7 @@ from napari_unetpp import augment, losses
 from napari_unetpp.config import TrainConfig, working_config
 from napari_unetpp.examples import Examples
 from napari_unetpp.model import create_model
-from napari_unetpp.train import Trainer
+from napari_unetpp.trainer import Trainer
 
 
 def alternate(

@@ -122,8 +122,8 @@ def place(mask: np.ndarray, held: int, kept: int) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("held", "kept", "splits"),
-    [(0, 10, False), (0, 1, False), (1, 0, False), (1, 2, True), (1, 1, False), (5, 10, True), (6, 11, False),
-     (5, 0, False)],
+    [(0, 10, False), (0, 1, False), (1, 0, False), (1, 2, True), (1, 1, False),
+     (5, 10, True), (6, 11, False), (5, 0, False)],
 )  # fmt: skip
 def test_nothing_is_held_out_if_a_class_would_suffer(
     held: int, kept: int, splits: bool

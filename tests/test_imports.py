@@ -39,8 +39,10 @@ TABLE = {
     "model": "modelfile networks preprocess io config errors",
     "examples": "preprocess config errors",
     "checkpoint": "modelfile io config errors",
-    "train": "model networks checkpoint losses augment sampling heldout evaluate"
-    " examples preprocess device config errors",
+    "trainer": "model losses augment sampling heldout evaluate examples device config"
+    " errors",
+    "train": "trainer model networks checkpoint examples preprocess device config"
+    " errors",
     "predict": "model networks preprocess device config errors",
     "live": "+train +predict",
     "samples": "errors",

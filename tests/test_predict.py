@@ -204,6 +204,11 @@ def test_the_sides_of_tiles(
     assert spans[0][0] == 0
 
 
+def test_a_shallow_depth_has_finer_tiles() -> None:
+    tiles = predict_tiles(model_of("unet++"), picture(40, 50), depth=1, tile=20)
+    assert {t.labels.shape for t in tiles} == {(20, 20), (20, 10)}
+
+
 # --- what comes out --------------------------------------------------------------
 
 
@@ -440,6 +445,9 @@ def test_the_middle_of_the_region_leads_and_then_its_neighbours() -> None:
     assert set(starts[3:6]) <= ring - set(starts[:3])
     assert starts[3] in {(16, 32), (48, 32)}
     assert starts[-1] in {(0, 0), (0, 64), (64, 0), (64, 64)}
+    square = (slice(16, 64), slice(16, 64))
+    first = next(predict_tiles(small(), picture(80, 80), first=square, tile=16))
+    assert first.slices == (slice(32, 48), slice(32, 48))
 
 
 def test_a_region_on_several_planes_comes_before_the_rest_of_them() -> None:
@@ -528,12 +536,22 @@ def test_smaller_tiles_are_tried_and_give_the_same(
     assert_same(found, expected)
 
 
-def test_parts_of_a_tile_come_in_reading_order(limit: Callable[..., Any]) -> None:
-    image = picture(256, 256)
-    limit(200 * 200, SHORT[0])
-    tiles = list(predict_tiles(small(), image, tile=256))
-    corners = [tuple(s.start for s in t.slices) for t in tiles]  # type: ignore[union-attr]
-    assert corners == [(0, 0), (0, 128), (128, 0), (128, 128)]
+@pytest.mark.parametrize(
+    ("shape", "corners"),
+    [
+        ((256, 200), [(0, 0), (0, 100), (128, 0), (128, 100)]),
+        ((128, 256), [(0, 0), (0, 128), (64, 0), (64, 128)]),
+        ((127, 256), [(0, 0), (0, 128), (64, 0), (64, 128)]),
+        ((120, 256), [(0, 0), (0, 128)]),
+    ],
+)
+def test_parts_of_a_tile_come_in_reading_order(
+    limit: Callable[..., Any], shape: tuple[int, int], corners: list[tuple[int, int]]
+) -> None:
+    limit(180 * 160, SHORT[0])
+    tiles = list(predict_tiles(small(), picture(*shape), tile=256))
+    assert [tuple(s.start for s in t.slices) for t in tiles] == corners  # type: ignore[union-attr]
+    assert (covered(tiles, shape) == 1).all()
 
 
 def test_norms_are_measured_on_less_when_memory_is_short(

@@ -13,6 +13,7 @@ import torch
 
 from napari_unetpp import losses
 from napari_unetpp import train as room
+from napari_unetpp import trainer as trainer_room
 from napari_unetpp.config import NETWORKS, NetConfig, TrainConfig, working_config
 from napari_unetpp.errors import DeviceMemoryError, TrainingError
 from napari_unetpp.evaluate import evaluate
@@ -164,12 +165,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"max_seconds": 0}, 1), ({"max_seconds": 0.5}, 1), ({"max_steps": 1}, 1),
         ({"max_steps": 50}, 50), ({"max_steps": 5, "max_seconds": 35}, 4),
         ({"max_steps": 3, "max_seconds": 500}, 3),
-        ({"max_seconds": 500, "stop": StopAfter(7)}, 7),
+        ({"max_seconds": 500, "stop": 7}, 7),
     ],
 )  # fmt: skip
 def test_time_and_steps_end_it_and_thirty_seconds_if_nothing_else(
     limits: dict[str, Any], steps: int
 ) -> None:
+    if "stop" in limits:
+        limits = {**limits, "stop": StopAfter(limits["stop"])}
     found, model = drain(train_steps(IMAGE, PAINT, network=NET, config=QUICK, **limits))
     assert [s.seconds for s in found] == [10.0 * i for i in range(1, steps + 1)]
     assert len(model.history) == steps
@@ -725,7 +728,7 @@ def test_the_prior_is_taken_off_before_training_goes_on(name: str) -> None:
 
 
 def test_held_out_strokes_give_the_score(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "_SCORE_EVERY", 2)
+    monkeypatch.setattr(trainer_room, "_SCORE_EVERY", 2)
     config = QUICK.replaced(held_out=0.2, patch=64)
     paint = TRUTH.copy()
     start = create_model(NET, seed=1)
@@ -761,7 +764,7 @@ def test_held_out_strokes_give_the_score(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_valid_network_is_scored_on_its_inner_pixels(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(room, "_SCORE_EVERY", 1)
+    monkeypatch.setattr(trainer_room, "_SCORE_EVERY", 1)
     config = NetConfig("unet-valid", width=4, levels=1)
     model = run(
         paint=TRUTH, network=config, config=QUICK.replaced(held_out=0.2), seed=1
@@ -839,10 +842,15 @@ def test_more_classes_leave_the_old_ones_as_they_were(name: str) -> None:
             if p.requires_grad:
                 p.add_(0.1 * torch.randn(p.shape, generator=rng))
     model.prior = (0.25, -0.5)
+    model.history = (TrainStep(1, 0.5, 2.0),)
     more = _with_classes(model, ("a", "b", "c", "d"), seed=1)
     assert more.classes == ("a", "b", "c", "d")
     assert more.config == model.config.replaced(out_channels=4)
     assert more.prior == (0.25, -0.5, 0.0, 0.0)
+    assert (more.history, more.provenance) == (model.history, model.provenance)
+    assert same(more, _with_classes(model, more.classes, seed=1))
+    if not name.startswith("fcn"):  # whose scores begin at 0
+        assert not same(more, _with_classes(model, more.classes, seed=2))
     side = model.network.valid_size(64)
     x = torch.randn(1, 1, side, side, generator=rng)
     with torch.inference_mode():
@@ -883,6 +891,10 @@ def test_the_origin_is_written_down(tmp_path: Path) -> None:
     model = run(seed=5)
     found = model.provenance
     assert json.loads(json.dumps(found)) == found
+    assert set(found) == {
+        "napari_unetpp", "torch", "python", "device", "threads", "seed", "steps",
+        "held_out_score", "settings", "data", "parent",
+    }  # fmt: skip
     assert found["seed"] == 5
     assert found["steps"] == 2
     assert found["device"] == "cpu"

@@ -258,6 +258,8 @@ class TrainConfig(Settings):
         Its rate, decay and (SGD alone) Nesterov momentum.
     loss : {"cross_entropy", "dice", "jaccard", "bce_dice", "focal"}
         What is minimised, on annotated pixels only.
+    edges : float
+        Weight of the energy that draws borders between strokes to edges of the image.
     balance : float
         0 to 1: exponent of the inverse class frequency that weighs the cross-entropy.
     prior : float
@@ -296,8 +298,9 @@ class TrainConfig(Settings):
     weight_decay: float = 1e-4
     momentum: float = 0.9
     loss: str = "cross_entropy"
+    edges: float = 2.0
     balance: float = 1.0
-    prior: float = 1.0
+    prior: float = 0.5
     averaging: float = 6.0
     held_out: float = 0.1
     flip: bool = True
@@ -330,6 +333,7 @@ class TrainConfig(Settings):
             "learning_rate": (1e-12, 10),
             "weight_decay": (0, 1),
             "momentum": (0, 0.9999),
+            "edges": (0, 1000),
             "balance": (0, 1),
             "prior": (0, 1),
             "averaging": (0, 1000),

@@ -341,6 +341,67 @@ def deep_supervision(
     return torch.stack([loss(logits, target) for logits in heads]).mean()
 
 
+def edge_aware(
+    logits: Tensor,
+    image: Tensor,
+    *,
+    sigma: float = 0.1,
+    distances: Sequence[int] = (1, 3, 8),
+) -> Tensor:
+    """Energy of pairs of pixels that look alike but are labelled differently.
+
+    It needs no annotation: between strokes, where nothing says how far a class
+    reaches, it draws the border to where the image has an edge.
+
+    Parameters
+    ----------
+    logits : Tensor
+        (N, K, H, W).
+    image : Tensor
+        (N, C, H, W), normalised; H and W at least 2.
+    sigma : float, optional
+        Difference of grey values, in units of `image`, at which a pair counts
+        ``exp(-1/2)`` of one that looks the same.
+    distances : sequence of int, optional
+        Of the pairs along rows, columns and diagonals, in pairs of pixels: both
+        arguments are averaged over 2 x 2 pixels first. Distances that do not fit
+        are left out.
+
+    Returns
+    -------
+    Tensor
+        0-d float32: mean over the pairs of their weight times ``1 - p_a . p_b``.
+
+    Notes
+    -----
+    The gated CRF loss of [2]_ after [1]_, on fixed directions instead of all pixels of
+    a window, and without its gates: annotated pixels take part, too.
+
+    References
+    ----------
+    .. [1] Tang et al., On Regularized Losses for Weakly-supervised CNN Segmentation,
+           ECCV 2018, :DOI:`10.1007/978-3-030-01270-0_31`
+    .. [2] Obukhov et al., Gated CRF Loss for Weakly Supervised Semantic Image
+           Segmentation, 2019, :arXiv:`1906.04651`
+    """
+    p = functional.avg_pool2d(logits.float().softmax(1), 2)
+    grey = functional.avg_pool2d(image.float(), 2)
+    height, width = p.shape[-2:]
+    terms = []
+    for d in distances:
+        for dy, dx in ((0, d), (d, 0), (d, d), (d, -d)):
+            if dy >= height or d >= width:
+                continue
+            down, up = slice(dy, height), slice(0, height - dy)
+            left, right = slice(0, width - abs(dx)), slice(abs(dx), width)
+            a, b = (right, left) if dx >= 0 else (left, right)
+            apart = (grey[..., down, a] - grey[..., up, b]).square().sum(1)
+            alike = torch.exp(apart * (-0.5 / sigma**2))
+            agree = (p[..., down, a] * p[..., up, b]).sum(1)
+            terms.append((alike * (1 - agree)).mean())
+    return torch.stack(terms).mean() if terms else 0 * p.sum()
+
+
 def border_weights(
     instances: NDArray[np.integer],
     *,

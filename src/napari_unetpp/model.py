@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,6 +23,9 @@ from napari_unetpp.config import (
 from napari_unetpp.errors import ModelFileError
 from napari_unetpp.networks import SegmentationNet, build_network, prune
 from napari_unetpp.preprocess import Preprocessing
+
+if TYPE_CHECKING:
+    import os
 
 _log = logging.getLogger("napari_unetpp")
 _MAX_BYTES = 2**30

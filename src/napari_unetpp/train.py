@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import math
-import platform
 import time
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from napari_unetpp import __version__, augment, heldout, losses
 from napari_unetpp.config import (
     NETWORKS,
     NetConfig,
@@ -21,9 +15,8 @@ from napari_unetpp.config import (
     check_number,
     working_config,
 )
-from napari_unetpp.device import autocast, is_out_of_memory, resolve_device
-from napari_unetpp.errors import DeviceMemoryError, TrainingError
-from napari_unetpp.evaluate import evaluate
+from napari_unetpp.device import is_out_of_memory, resolve_device
+from napari_unetpp.errors import DeviceMemoryError
 from napari_unetpp.examples import Examples, read_examples
 from napari_unetpp.model import (
     Model,
@@ -33,15 +26,12 @@ from napari_unetpp.model import (
     create_model,
 )
 from napari_unetpp.networks import build_network
-from napari_unetpp.sampling import PatchSampler
+from napari_unetpp.trainer import Trainer
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator, Sequence
+    from collections.abc import Generator, Sequence
 
-    from numpy.typing import NDArray
-
-_SCORE_EVERY = 25  # steps; the crops that are scored cost about as much as one step
-_SCORE_CROPS = 16
+    import torch
 
 
 class Stop(Protocol):
@@ -50,272 +40,6 @@ class Stop(Protocol):
     def is_set(self) -> bool:
         """Return whether to stop after the current step."""
         ...
-
-
-class Trainer:
-    """Everything a training needs from one step to the next.
-
-    Parameters
-    ----------
-    model : Model
-        Where it starts; not changed.
-    examples : Examples
-        What it learns from.
-    config : TrainConfig
-        How.
-    seed : int
-        Of sampling, augmentation and the held-out positions.
-    device : torch.device
-        Where it computes.
-    """
-
-    def __init__(
-        self,
-        model: Model,
-        examples: Examples,
-        config: TrainConfig,
-        *,
-        seed: int,
-        device: torch.device,
-    ) -> None:
-        self._start = model
-        self._config = config
-        self._seed = seed
-        self._device = device
-        self._n_classes = len(model.classes)
-        self.steps = 0
-        self.score: float | None = None
-        self._rng = np.random.default_rng(seed)
-        self._generator = torch.Generator().manual_seed(seed)
-        self._read(examples)
-        self.network = model.copy().network.to(
-            device, memory_format=torch.channels_last
-        )  # type: ignore[call-overload]
-        self.network.add_to_logits([-p for p in model.prior])
-        self._shown = model.copy().network.to(device)
-        self._shown.load_state_dict(self.network.state_dict())
-        self._optimizer = self._make_optimizer()
-        self._frequency = np.zeros(self._n_classes)
-
-    def _read(self, examples: Examples) -> None:
-        training, scoring = heldout.split(
-            examples.targets,
-            examples.numbers,
-            self._n_classes,
-            seed=self._seed,
-            fraction=self._config.held_out,
-        )
-        self._images = [torch.from_numpy(i).to(self._device) for i in examples.images]
-        self._targets = [torch.from_numpy(t).to(self._device) for t in training]
-        self._sampler = PatchSampler(training, self._config.patch, self._rng)
-        self.painted = heldout.count(examples.targets, self._n_classes)
-        self._scored = self._scored_crops(scoring)
-
-    def _scored_crops(
-        self, scoring: list[NDArray[np.uint8]]
-    ) -> list[tuple[Tensor, NDArray[np.uint8]]]:
-        """Cut the crops whose held-out pixels give the score."""
-        if not any(s.any() for s in scoring):
-            return []
-        rng = np.random.default_rng(self._seed)
-        draw = PatchSampler(scoring, 16, rng).draw(_SCORE_CROPS)
-        windows, truths = augment.cut_windows(
-            self._images,
-            [torch.from_numpy(s).to(self._device) for s in scoring],
-            draw.image.tolist(),
-            draw.centres.tolist(),
-            self._score_side(),
-        )
-        return [
-            (w[None], t.cpu().numpy()) for w, t in zip(windows, truths, strict=True)
-        ]
-
-    def _score_side(self) -> int:
-        network = self._start.network
-        multiple = network.multiple()
-        if network.margin:
-            return network.valid_size(self._config.patch)
-        return -(-self._config.patch // multiple) * multiple
-
-    def _make_optimizer(self) -> torch.optim.Optimizer:
-        c = self._config
-        learned = [p for p in self.network.parameters() if p.requires_grad]
-        if c.optimizer == "sgd":
-            return torch.optim.SGD(
-                learned,
-                lr=c.learning_rate,
-                momentum=c.momentum,
-                nesterov=c.momentum > 0,
-                weight_decay=c.weight_decay,
-            )
-        kind = torch.optim.AdamW if c.optimizer == "adamw" else torch.optim.Adam
-        return kind(
-            learned, lr=c.learning_rate, weight_decay=c.weight_decay, foreach=True
-        )
-
-    def batch(self) -> tuple[Tensor, Tensor]:
-        """Draw patches: images (N, C, H, W) and class numbers (N, h, w)."""
-        c = self._config
-        side = self._score_side()
-        draw = self._sampler.draw(c.batch)
-        warped = self.steps >= c.warp_after
-        spec = augment.Warp(
-            flip=c.flip,
-            right_angles=c.right_angles,
-            rotation=c.rotation if warped else 0.0,
-            scale=c.scale if warped else 0.0,
-            elastic_sigma=c.elastic_sigma if warped else 0.0,
-            elastic_spacing=c.elastic_spacing,
-        )
-        window = spec.window(side)
-        windows, annotation = augment.cut_windows(
-            self._images,
-            self._targets,
-            draw.image.tolist(),
-            draw.centres.tolist(),
-            window,
-        )
-        grid = augment.sampling_grid(
-            c.batch, side, window, self._generator, spec, self._device
-        )
-        patches, annotation = augment.warp(windows, annotation, grid)
-        patches = augment.grey_values(
-            patches,
-            self._generator,
-            gain=c.gain,
-            offset=c.offset,
-            gamma=c.gamma,
-            noise=c.noise,
-            channel_share=c.channel_share if patches.shape[1] > 1 else 0.0,
-        )
-        target = annotation.long() - 1
-        margin = self.network.margin
-        if margin:
-            target = target[:, margin : side - margin, margin : side - margin]
-        return patches.to(memory_format=torch.channels_last), target
-
-    def step(self) -> float:
-        """Take one optimizer step and return its loss."""
-        self.network.train()
-        patches, target = self.batch()
-        with autocast(self._device, self._config.mixed_precision), self._dropout():
-            heads = self.network(patches)
-        loss = self._loss(heads, target)
-        self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        self._optimizer.step()
-        self.steps += 1
-        self._average()
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise TrainingError(
-                f"The loss must stay finite, got {value} at step {self.steps}. Start "
-                "over with a smaller `learning_rate`."
-            )
-        if self._scored and self.steps % _SCORE_EVERY == 0:
-            self.score = self._measure_score()
-        return value
-
-    @contextmanager
-    def _dropout(self) -> Iterator[None]:
-        """Let dropout follow our seed, and leave the caller's random numbers alone."""
-        if not self.network.config.dropout:
-            yield
-            return
-        devices = [self._device] if self._device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed((self._seed * 1_000_003 + self.steps) % 2**63)
-            yield
-
-    def _loss(self, heads: list[Tensor], target: Tensor) -> Tensor:
-        name = self._config.loss
-        if name != "cross_entropy":
-            return losses.deep_supervision(heads, target, losses.LOSSES[name])
-        weights = self._class_weights(target)
-        return losses.deep_supervision(
-            heads,
-            target,
-            lambda logits, t: losses.cross_entropy(logits, t, class_weights=weights),
-        )
-
-    def _class_weights(self, target: Tensor) -> Tensor | None:
-        """Inverse of the classes' running frequency in the batches."""
-        if self._config.balance == 0:
-            return None
-        counts = torch.bincount(target.flatten() + 1, minlength=self._n_classes + 1)
-        counts_np = counts[1:].cpu().numpy().astype(float)
-        decay = 0.98
-        self._frequency = decay * self._frequency + (1 - decay) * counts_np
-        share = self._frequency / max(self._frequency.sum(), 1e-9)
-        weights = np.maximum(share, 1e-3) ** -self._config.balance
-        return torch.as_tensor(weights / weights.mean(), dtype=torch.float32).to(
-            self._device
-        )
-
-    @torch.no_grad()
-    def _average(self) -> None:
-        """Follow the weights with a window that grows with the steps."""
-        power = self._config.averaging + 1
-        keep = (1 - 1 / (self.steps + 1)) ** power if self._config.averaging else 0.0
-        shown: list[Tensor] = list(self._shown.parameters())
-        torch._foreach_lerp_(shown, list(self.network.parameters()), 1 - keep)
-        for mine, theirs in zip(
-            self._shown.buffers(), self.network.buffers(), strict=True
-        ):
-            mine.copy_(theirs)
-
-    @torch.inference_mode()
-    def _measure_score(self) -> float | None:
-        self._shown.eval()
-        truths, labels = [], []
-        margin = self._shown.margin
-        for window, truth in self._scored:
-            logits = self._shown(window, last_only=True)[-1][0]
-            inner = truth[
-                margin : truth.shape[0] - margin, margin : truth.shape[1] - margin
-            ]
-            labels.append((logits.argmax(0) + 1).cpu().numpy()[inner > 0])
-            truths.append(inner[inner > 0])
-        result = evaluate(np.concatenate(labels), np.concatenate(truths))
-        return float(result.mean_iou)
-
-    def model(self, history: Sequence[TrainStep] = ()) -> Model:
-        """Return the model as it stands, its own copy on the CPU."""
-        model = self._start.copy()
-        weights = {
-            k: v.detach().cpu().clone() for k, v in self._shown.state_dict().items()
-        }
-        model.network.load_state_dict(weights)
-        model.network.eval()
-        model.prior = self._prior()
-        model.network.add_to_logits(list(model.prior))
-        model.history = tuple(history)
-        return model
-
-    def provenance(self, examples: Examples) -> dict[str, Any]:
-        """Return how this training can be told from any other."""
-        return {
-            "napari_unetpp": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "device": str(self._device),
-            "threads": torch.get_num_threads(),
-            "seed": self._seed,
-            "steps": self.steps,
-            "held_out_score": self.score,
-            "settings": self._config.to_dict(),
-            "data": examples.fingerprints[:64],
-            "parent": self._start.provenance.get("digest"),
-        }
-
-    def _prior(self) -> tuple[float, ...]:
-        """Log of the painted share of each class, damped, less that of equal shares."""
-        if self._config.loss != "cross_entropy":
-            return (0.0,) * self._n_classes
-        share = self.painted / self.painted.sum()
-        # A class without strokes (yet) keeps what the network thinks of it.
-        log = np.log(np.where(share > 0, share, 1 / self._n_classes) * self._n_classes)
-        return tuple(float(v) for v in self._config.prior * self._config.balance * log)
 
 
 def train_steps(
@@ -384,7 +108,7 @@ def train_steps(
         If a step does not fit on the device.
     """
     # Any optimizer imports it at its first step; those seconds would be the user's.
-    import torch._dynamo
+    import torch._dynamo  # noqa: F401
 
     began = time.perf_counter()
     _check_limits(max_seconds, max_steps, seed)
@@ -567,7 +291,6 @@ def _with_classes(model: Model, names: tuple[str, ...], seed: int) -> Model:
         else:
             wide = fresh[name].reshape(len(names), -1, *rest)
             wide[:k] = value.reshape(k, -1, *rest)
-            wide[k:] = wide[k:] if len(rest) else 0
             fresh[name] = wide.reshape(fresh[name].shape)
     network.load_state_dict(fresh)
     prior = (
