@@ -17,6 +17,7 @@ from napari_unetpp.losses import (
     cross_entropy,
     deep_supervision,
     dice,
+    edge_aware,
     focal,
     generalised_dice,
     jaccard,
@@ -755,3 +756,58 @@ def test_weight_map_leaves_its_input_alone():
 def test_weight_map_names_what_is_wrong(array, kwargs, match):
     with pytest.raises(ValueError, match=match):
         border_weights(array, **kwargs)
+
+
+def labelled(rows: list[list[int]], certainty: float = 40.0) -> torch.Tensor:
+    """Return logits (1, 2, 2 H, 2 W) that are sure of a class for each 2 x 2 pixels."""
+    classes = torch.tensor(rows).repeat_interleave(2, 0).repeat_interleave(2, 1)
+    return torch.stack([1 - classes, classes])[None] * certainty
+
+
+def grey(rows: list[list[float]]) -> torch.Tensor:
+    return (
+        torch.tensor(rows).repeat_interleave(2, 0).repeat_interleave(2, 1)[None, None]
+    )
+
+
+def test_the_energy_is_the_mean_over_pairs_that_look_alike() -> None:
+    image = grey([[0.0, 0.1]])
+    pair = edge_aware(labelled([[0, 1]]), image, sigma=0.1, distances=(1,))
+    torch.testing.assert_close(pair, torch.tensor(math.exp(-0.5)))
+    # Undecided pixels agree by half with everything.
+    undecided = edge_aware(torch.zeros(1, 2, 4, 4), torch.zeros(1, 1, 4, 4))
+    torch.testing.assert_close(undecided, torch.tensor(0.5))
+
+
+@pytest.mark.parametrize("turn", [0, 1])
+def test_a_border_costs_nothing_at_an_edge_and_much_beside_it(turn: int) -> None:
+    image = grey([[0.0, 0.0, 1.0, 1.0]] * 4).rot90(turn, (2, 3))
+    at = labelled([[0, 0, 1, 1]] * 4).rot90(turn, (2, 3))
+    beside = labelled([[0, 0, 0, 1]] * 4).rot90(turn, (2, 3))
+    assert edge_aware(at, image, distances=(1, 3)) < 1e-6
+    # Distance 1: 4 of 12 pairs along the rows, none of 12 across, 3 of 9 on each
+    # diagonal lie in the bright half and differ; distance 3: no such pair.
+    expected = (4 / 12 + 0 + 3 / 9 + 3 / 9) / 4
+    only = edge_aware(beside, image, distances=(1,))
+    torch.testing.assert_close(only, torch.tensor(expected))
+    both = edge_aware(beside, image, distances=(1, 3))
+    torch.testing.assert_close(both, torch.tensor(expected / 2))
+
+
+def test_colours_add_up_and_distances_that_do_not_fit_are_left_out() -> None:
+    image = grey([[0.0, 0.1]]).repeat(1, 3, 1, 1)
+    pair = edge_aware(labelled([[0, 1]]), image, distances=(1, 3, 8))
+    torch.testing.assert_close(pair, torch.tensor(math.exp(-1.5)))
+    logits = torch.zeros(1, 2, 2, 2, requires_grad=True)
+    none = edge_aware(logits, torch.zeros(1, 1, 2, 2))
+    none.backward()
+    assert none == 0
+    assert logits.grad is not None
+    assert not logits.grad.any()
+
+
+def test_the_energy_is_float32_for_half_precision() -> None:
+    logits = labelled([[0, 1]]).to(torch.bfloat16)
+    pair = edge_aware(logits, grey([[0.0, 0.0]]).to(torch.bfloat16))
+    assert pair.dtype == torch.float32
+    assert pair == 1

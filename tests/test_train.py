@@ -967,3 +967,43 @@ def test_a_batch_without_annotated_pixels_changes_nothing_by_itself(
     assert own.step() == 0
     for name, value in own.network.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+def test_the_energy_between_strokes_comes_in_slowly_and_is_no_part_of_the_loss(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[torch.Size] = []
+
+    def energy(logits: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+        asked.append(image.shape)
+        assert image.shape[2:] == logits.shape[2:]
+        return 0 * logits.sum() + 10.0
+
+    monkeypatch.setattr(trainer_room.losses, "edge_aware", energy)
+    image, truth = textures(seed=3)
+    examples = read_examples(image, truth)
+    for name in ("unet++", "unet-valid"):
+        model = create_model(name, width=4, levels=2)
+        config = TrainConfig(patch=32, batch=1, edges=2.0)
+        trainer = Trainer(model, examples, config, seed=0, device=torch.device("cpu"))
+        patches, _ = trainer.batch()
+        heads = trainer.network(patches)
+        weights = []
+        for steps in (0, 25, 50, 5000):
+            trainer.steps = steps
+            term = torch.as_tensor(trainer._between_strokes(heads, patches))
+            weights.append(float(term.detach()) / 10)
+        full = 2.0 / len(heads)
+        np.testing.assert_allclose(weights, [0, full / 2, full, full], rtol=1e-6)
+        trainer.steps = 5000
+        assert trainer.step() < 5  # the energy alone would be 10 or more
+    quiet = Trainer(
+        create_model("unet", width=4, levels=1),
+        examples,
+        TrainConfig(patch=32, batch=1, edges=0.0),
+        seed=0,
+        device=torch.device("cpu"),
+    )
+    count = len(asked)
+    quiet.step()
+    assert len(asked) == count

@@ -178,19 +178,14 @@ class Trainer:
         with autocast(self._device, self._config.mixed_precision), self._dropout():
             heads = self.network(patches)
         loss = self._loss(heads, target)
-        if self._config.edges:
-            # One label for all pixels would please this term most: it comes in slowly,
-            # and weighs on the deepest head what the annotation does.
-            weight = self._config.edges * min(1, self.steps / _RAMP) / len(heads)
-            image = _inner(patches, self.network.margin)
-            loss = loss + weight * losses.edge_aware(heads[-1], image)
+        total = loss + self._between_strokes(heads, patches)
         self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        total.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
         self.steps += 1
         self._average()
         value = float(loss.detach())
-        if not math.isfinite(value):
+        if not math.isfinite(float(total.detach())):
             raise TrainingError(
                 f"The loss must stay finite, got {value} at step {self.steps}. Start "
                 "over with a smaller `learning_rate`."
@@ -220,6 +215,16 @@ class Trainer:
             target,
             lambda logits, t: losses.cross_entropy(logits, t, class_weights=weights),
         )
+
+    def _between_strokes(self, heads: list[Tensor], patches: Tensor) -> Tensor | float:
+        """Return the weighted energy that draws borders to edges of the image."""
+        if not self._config.edges:
+            return 0.0
+        # One label for all pixels would please this term most: it comes in slowly,
+        # and weighs on the deepest head what the annotation does.
+        weight = self._config.edges * min(1, self.steps / _RAMP) / len(heads)
+        image = _inner(patches, self.network.margin)
+        return weight * losses.edge_aware(heads[-1], image)
 
     def _class_weights(self, target: Tensor) -> Tensor | None:
         """Inverse of the classes' running frequency in the batches."""
