@@ -1,10 +1,10 @@
-"""Tiled against whole prediction on trained networks of every kind, and one large picture.
+"""Tiled against whole prediction on trained networks, and one large picture.
 
     python benchmarks/seams.py --steps 40 --picture seams.png
 
 For every network: 5 odd sizes x 6 tile sizes; the largest difference of a probability,
-how many labels differ, and how many of those where the two best classes are further than
-1e-3 apart (must be 0).
+how many labels differ, and how many of those where the two best classes are further
+than 1e-3 apart (must be 0).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ COLOURS = np.array(
 def compare(
     model: api.Model, image: np.ndarray, depth: int | None
 ) -> tuple[float, int, int, int]:
-    """Return the largest difference, labels that differ, those without a tie, pixels."""
+    """Return the largest difference, labels that differ, without a tie, and pixels."""
     worst, differ, wrong, pixels = 0.0, 0, 0, 0
     for height, width in SIZES:
         part = image[:height, :width]
@@ -66,8 +66,8 @@ def main() -> None:
         for depth in model.network.depths:
             worst, differ, wrong, pixels = compare(model, sample.image, depth)
             print(
-                f"{name:12s} depth {depth}: largest difference {worst:.1e}; labels differ at "
-                f"{differ} of {pixels} pixels, {wrong} of them without a tie",
+                f"{name:12s} depth {depth}: largest difference {worst:.1e}; labels "
+                f"differ at {differ} of {pixels} pixels, {wrong} without a tie",
                 flush=True,
             )
         if name == "unet++" and args.picture:
@@ -75,7 +75,8 @@ def main() -> None:
             labels = api.predict(model, large, channel_axis=-1, tile=256)
             whole = api.predict(model, large, channel_axis=-1, tile=16384)
             print(
-                f"large picture {labels.shape}: {int((labels != whole).sum())} labels differ"
+                f"large picture {labels.shape}: "
+                f"{int((labels != whole).sum())} labels differ"
             )
             shown = large // 2 + COLOURS[labels] // 2
             io.write_png(args.picture, shown, overwrite=True)

@@ -37,7 +37,7 @@ def alternate(
 
 
 def trainer(network: str) -> Trainer:
-    """Return a trainer on three real planes with short strokes, past its first steps."""
+    """Return a trainer on three real planes with strokes, past its first steps."""
     planes = immunohistochemistry().transpose(2, 0, 1)
     images = [p[None].astype(np.float32) / 128 - 1 for p in planes]
     rng = np.random.default_rng(0)
@@ -134,9 +134,10 @@ def elastic(rounds: int, patch: int = 128, n: int = 8) -> None:
         .sqrt()
     )
     print(
-        f"elastic    {n} patches of {patch}: ours {a * 1e3:.2f} ms, MONAI {b * 1e3:.2f} ms "
-        f"(image and labels), {b / a:.1f} times; image alone by MONAI {d * 1e3:.2f} ms, "
-        f"{d / c:.1f} times (ours does both); rms displacement {float(rms):.2f} px"
+        f"elastic    {n} patches of {patch}: ours {a * 1e3:.2f} ms, MONAI "
+        f"{b * 1e3:.2f} ms (image and labels), {b / a:.1f} times; image alone by MONAI "
+        f"{d * 1e3:.2f} ms, {d / c:.1f} times (ours does both); rms displacement "
+        f"{float(rms):.2f} px"
     )
 
 

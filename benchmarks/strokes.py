@@ -268,7 +268,7 @@ def print_table(lines: list[dict[str, Any]]) -> None:
         print(
             f"{'ahead of forest':24s} "
             + " ".join(
-                f"{f'{np.mean(a):+.3f}, {np.sum(np.array(a) > 0)}/{len(a)}' if a else '-':>14s}"
+                f"{np.mean(a):+.3f}, {sum(d > 0 for d in a)}/{len(a)}".rjust(14)
                 for a in ahead.values()
             )
         )

@@ -237,6 +237,8 @@ def working_config(
         deep_supervision=name == "unet++",
         residual=name in ("unet", "wide-unet", "unet++"),
         stem=2 if name in ("unet", "wide-unet", "unet++") else 1,
+        # Four heads of UNet++ at full resolution would cost more than all its nodes.
+        refine=name in ("unet", "wide-unet"),
     )
 
 
@@ -298,7 +300,7 @@ class TrainConfig(Settings):
     weight_decay: float = 1e-4
     momentum: float = 0.9
     loss: str = "cross_entropy"
-    edges: float = 2.0
+    edges: float = 0.5
     balance: float = 1.0
     prior: float = 0.5
     averaging: float = 6.0
