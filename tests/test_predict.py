@@ -521,7 +521,7 @@ def test_smaller_tiles_are_tried_and_give_the_same(
     image = picture(300, 310)
     expected = predict_proba(model, image)
     region = (slice(290, 300), slice(0, 10))
-    seen = limit(176 * 176, error, measuring=False)
+    seen = limit(165 * 165, error, measuring=False)
     tiles = list(
         predict_tiles(model, image, probabilities=True, first=region, tile=256)
     )

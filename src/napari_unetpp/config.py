@@ -237,8 +237,6 @@ def working_config(
         deep_supervision=name == "unet++",
         residual=name in ("unet", "wide-unet", "unet++"),
         stem=2 if name in ("unet", "wide-unet", "unet++") else 1,
-        # Four heads of UNet++ at full resolution would cost more than all its nodes.
-        refine=name in ("unet", "wide-unet"),
     )
 
 
@@ -300,7 +298,7 @@ class TrainConfig(Settings):
     weight_decay: float = 1e-4
     momentum: float = 0.9
     loss: str = "cross_entropy"
-    edges: float = 0.5
+    edges: float = 1.0
     balance: float = 1.0
     prior: float = 0.5
     averaging: float = 6.0
