@@ -53,7 +53,7 @@ def demo(tmp_path: Path, *more: str) -> int:
 def test_demo_writes_and_tells(
     tmp_path: Path, glands: samples.Sample, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert demo(tmp_path) == 0
+    assert demo(tmp_path, "--network", "unet++") == 0
     facts = json.loads(capsys.readouterr().out)
     ours = [f"unet++, depth {d}" for d in (1, 2, 3, 4)]
     assert list(facts["iou"]) == [*ours, "random forest", "Otsu's threshold"]

@@ -83,7 +83,7 @@ def _add_device(command: argparse.ArgumentParser) -> None:
 def _add_limits(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--network", choices=NETWORKS, metavar="NAME",
-        help=f"{', '.join(NETWORKS)} (default: unet++)",
+        help=f"{', '.join(NETWORKS)} (default: unet++; of the demo: unet)",
     )  # fmt: skip
     command.add_argument(
         "--seconds", type=float, metavar="S",
