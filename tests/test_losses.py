@@ -811,3 +811,9 @@ def test_the_energy_is_float32_for_half_precision() -> None:
     pair = edge_aware(logits, grey([[0.0, 0.0]]).to(torch.bfloat16))
     assert pair.dtype == torch.float32
     assert pair == 1
+
+
+def test_a_narrow_image_keeps_the_pairs_along_its_length() -> None:
+    tall = edge_aware(labelled([[0], [1], [1]]), grey([[0.0]] * 3), distances=(1, 2))
+    # Distance 1: one of two pairs differs; distance 2: the only pair does.
+    torch.testing.assert_close(tall, torch.tensor((1 / 2 + 1) / 2))

@@ -390,7 +390,7 @@ def edge_aware(
     terms = []
     for d in distances:
         for dy, dx in ((0, d), (d, 0), (d, d), (d, -d)):
-            if dy >= height or d >= width:
+            if dy >= height or abs(dx) >= width:
                 continue
             down, up = slice(dy, height), slice(0, height - dy)
             left, right = slice(0, width - abs(dx)), slice(abs(dx), width)

@@ -184,10 +184,10 @@ class Trainer:
         self._optimizer.step()
         self.steps += 1
         self._average()
-        value = float(loss.detach())
-        if not math.isfinite(float(total.detach())):
+        value, whole = float(loss.detach()), float(total.detach())
+        if not math.isfinite(whole):
             raise TrainingError(
-                f"The loss must stay finite, got {value} at step {self.steps}. Start "
+                f"The loss must stay finite, got {whole} at step {self.steps}. Start "
                 "over with a smaller `learning_rate`."
             )
         if self._scored and self.steps % _SCORE_EVERY == 0:
