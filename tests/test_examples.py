@@ -150,7 +150,7 @@ def test_fingerprints_tell_images_annotations_and_dtypes_apart() -> None:
     prints = [read_examples(*case).fingerprints[0] for case in cases]
     assert len(set(prints)) == len(cases)
     assert prints[0] == read_examples(image.copy(), annotation).fingerprints[0]
-    assert all(len(p) == 16 and set(p) <= set("0123456789abcdef") for p in prints)
+    assert all(len(p) == 32 and set(p) <= set("0123456789abcdef") for p in prints)
 
 
 GOOD, PAINT = ramp(8, 9), strokes(8, 9)

@@ -21,7 +21,7 @@ from napari_unetpp.examples import read_examples
 from napari_unetpp.heldout import held_out_mask
 from napari_unetpp.model import Model, TrainStep, create_model, load_model
 from napari_unetpp.predict import predict, predict_proba
-from napari_unetpp.train import Trainer, _with_classes, train, train_steps
+from napari_unetpp.train import Trainer, with_classes, train, train_steps
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -843,14 +843,14 @@ def test_more_classes_leave_the_old_ones_as_they_were(name: str) -> None:
                 p.add_(0.1 * torch.randn(p.shape, generator=rng))
     model.prior = (0.25, -0.5)
     model.history = (TrainStep(1, 0.5, 2.0),)
-    more = _with_classes(model, ("a", "b", "c", "d"), seed=1)
+    more = with_classes(model, ("a", "b", "c", "d"), seed=1)
     assert more.classes == ("a", "b", "c", "d")
     assert more.config == model.config.replaced(out_channels=4)
     assert more.prior == (0.25, -0.5, 0.0, 0.0)
     assert (more.history, more.provenance) == (model.history, model.provenance)
-    assert same(more, _with_classes(model, more.classes, seed=1))
+    assert same(more, with_classes(model, more.classes, seed=1))
     if not name.startswith("fcn"):  # whose scores begin at 0
-        assert not same(more, _with_classes(model, more.classes, seed=2))
+        assert not same(more, with_classes(model, more.classes, seed=2))
     side = model.network.valid_size(64)
     x = torch.randn(1, 1, side, side, generator=rng)
     with torch.inference_mode():
@@ -881,10 +881,10 @@ def test_classes_can_be_added_while_fine_tuning() -> None:
 
 def test_same_names_give_a_copy() -> None:
     model = create_model(PLAIN)
-    copy = _with_classes(model, model.classes, seed=0)
+    copy = with_classes(model, model.classes, seed=0)
     assert same(model, copy)
     assert copy.network is not model.network
-    assert _with_classes(model, (*model.classes, "c"), seed=0).prior == ()
+    assert with_classes(model, (*model.classes, "c"), seed=0).prior == ()
 
 
 def test_the_origin_is_written_down(tmp_path: Path) -> None:

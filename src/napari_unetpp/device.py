@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import os
+import sys
+import weakref
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 
 def resolve_device(device: str | torch.device | None = None) -> torch.device:
@@ -60,3 +69,81 @@ def autocast(device: torch.device, enabled: bool) -> AbstractContextManager[obje
     if enabled and device.type == "cuda" and torch.cuda.is_bf16_supported():
         return torch.autocast("cuda", dtype=torch.bfloat16)
     return nullcontext()
+
+
+@contextmanager
+def considerate() -> Iterator[None]:
+    """Leave a core to the window, and the interpreter to it every half millisecond.
+
+    Notes
+    -----
+    Measured beside napari: training on all cores but one moves the brush's latency
+    (95th percentile) from 9 to 13 ms, on all cores to 57 ms; a loop in pure Python with
+    the interpreter's own switch interval of 5 ms to 200 ms.
+    """
+    threads, interval = torch.get_num_threads(), sys.getswitchinterval()
+    torch.set_num_threads(max(1, min(threads, (os.cpu_count() or 2) - 1)))
+    sys.setswitchinterval(0.0005)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(interval)
+        torch.set_num_threads(threads)
+
+
+def describe(device: torch.device) -> str:
+    """Return a device in a few words, with its free memory where that can be asked."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return f"{torch.cuda.get_device_name(device)}, {free / 1e9:.0f} GB free"
+    if device.type == "mps":
+        return "Apple GPU"
+    cores = os.cpu_count() or 1
+    return f"CPU, {torch.get_num_threads()} of {cores} core{'s' * (cores > 1)}"
+
+
+class _Peak(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up the memory of all tensors that operators return while they live."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._now: int = 0
+        self.peak: int = 0
+        self._users: dict[int, int] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self._see(leaf)
+        return out
+
+    def _see(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        place, size = storage.data_ptr(), storage.nbytes()
+        self._users[place] = self._users.get(place, 0) + 1
+        if self._users[place] == 1:
+            self._now += size
+            self.peak = max(self.peak, self._now)
+        weakref.finalize(tensor, self._forget, place, size)
+
+    def _forget(self, place: int, size: int) -> None:
+        self._users[place] -= 1
+        if not self._users[place]:
+            del self._users[place]
+            self._now -= size
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """Return the largest total size in bytes of the tensors that `work` holds at once.
+
+    Notes
+    -----
+    Counted on any device by the tensors that operators return; what an operator needs
+    for itself while it runs is not in it.
+    """
+    with _Peak() as meter:
+        work()
+    return int(meter.peak)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +11,8 @@ import numpy as np
 from napari_unetpp.preprocess import Planes, Preprocessing, check_annotation
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from numpy.typing import NDArray
 
 
@@ -28,7 +30,7 @@ class Examples:
     n_classes : int
         Highest class number found.
     fingerprints : list of str
-        SHA-256 of each image and annotation, shortened.
+        SHA-256 of each image and of its annotation, both shortened.
     """
 
     images: list[NDArray[np.float32]]
@@ -64,47 +66,114 @@ def read_examples(
     ValueError
         If shapes, dtypes or values do not fit, or nothing is annotated.
     """
-    preprocessing = preprocessing or Preprocessing()
     pairs = _pairs(images, annotations)
-    found = Examples([], [], [], 0, [])
-    channels = set()
-    top = 0
-    for i, (image, annotation) in enumerate(pairs):
-        which = f"[{i}]" if len(pairs) > 1 else ""
-        planes = Planes(image, channel_axis=channel_axis, name=f"image{which}")
-        channels.add(planes.channels)
+    names = [f"[{i}]" if len(pairs) > 1 else "" for i in range(len(pairs))]
+    book = ExampleBook(
+        [image for image, _ in pairs],
+        [channel_axis] * len(pairs),
+        preprocessing=preprocessing,
+        names=[f"image{which}" for which in names],
+    )
+    planes: list[dict[int, NDArray[np.uint8]]] = []
+    for (_, annotation), source, which in zip(pairs, book.sources, names, strict=True):
         if not isinstance(getattr(annotation, "dtype", None), np.dtype):
             annotation = np.asarray(annotation)
-        check_annotation(annotation, planes, f"annotation{which}")
-        for number in range(len(planes)):
-            target = np.asarray(annotation[planes.index(number)])
-            target = _target(target, unlabelled, f"annotation{which}")
-            if not target.any():
-                continue
-            plane = planes.plane(number)[:, :, :]
-            name = f"image{which}"
-            limits = preprocessing.limits(plane, name=name)
+        name = f"annotation{which}"
+        check_annotation(annotation, source, name)
+        targets = (
+            (n, _target(np.asarray(annotation[source.index(n)]), unlabelled, name))
+            for n in range(len(source))
+        )
+        planes.append({n: target for n, target in targets if target.any()})
+    return book.read(planes)
+
+
+class ExampleBook:
+    """Images whose annotated planes are read and scaled once, however often asked.
+
+    Parameters
+    ----------
+    images : sequence of arrays of shape (..., Y, X)
+        With channels at their `channel_axes`; lazy ones stay lazy.
+    channel_axes : sequence of int or None
+        One per image.
+    preprocessing : Preprocessing or None, optional
+        How grey values are scaled.
+    names : sequence of str or None, optional
+        What messages call them.
+
+    Raises
+    ------
+    ValueError
+        If an image's shape or dtype does not fit, or the numbers of channels differ.
+    """
+
+    def __init__(
+        self,
+        images: Sequence[Any],
+        channel_axes: Sequence[int | None],
+        *,
+        preprocessing: Preprocessing | None = None,
+        names: Sequence[str] | None = None,
+    ) -> None:
+        self._preprocessing = preprocessing or Preprocessing()
+        self._names = names or [f"image[{i}]" for i in range(len(images))]
+        self.sources = [
+            Planes(image, channel_axis=axis, name=name)
+            for image, axis, name in zip(images, channel_axes, self._names, strict=True)
+        ]
+        channels = {source.channels for source in self.sources}
+        if len(channels) > 1:
+            raise ValueError(
+                f"`images` must all have as many channels, got {sorted(channels)}."
+            )
+        self._scaled: dict[tuple[int, int], tuple[NDArray[np.float32], str]] = {}
+
+    def read(self, targets: Sequence[Mapping[int, NDArray[np.uint8]]]) -> Examples:
+        """Return the annotated planes.
+
+        Parameters
+        ----------
+        targets : sequence of mapping of int to ndarray of shape (Y, X) and dtype uint8
+            For each image, class number + 1 of every pixel (0: not annotated) by the
+            plane's number; planes that are not annotated are left out.
+
+        Raises
+        ------
+        ValueError
+            If nothing is annotated, or an annotated plane has no contrast or holds
+            values that are not finite.
+        """
+        found = Examples([], [], [], 0, [])
+        top = 0
+        for i, planes in enumerate(targets):
+            for number, target in sorted(planes.items()):
+                image, fingerprint = self._plane(i, number)
+                found.images.append(image)
+                found.targets.append(target)
+                found.numbers.append(number)
+                found.fingerprints.append(fingerprint + _fingerprint(target))
+                top = max(top, int(target.max()))
+        if not found.images:
+            raise ValueError(
+                "`annotations` must have annotated pixels, got none. Paint a few "
+                "strokes of each class first."
+            )
+        return replace(found, n_classes=top)
+
+    def _plane(self, i: int, number: int) -> tuple[NDArray[np.float32], str]:
+        if (i, number) not in self._scaled:
+            name = self._names[i]
+            plane = self.sources[i].plane(number)[:, :, :]
+            limits = self._preprocessing.limits(plane, name=name)
             if not np.any(limits[1] > limits[0]):
                 raise ValueError(
-                    f"`image{which}` must have contrast where it is annotated, but "
-                    f"plane {number} holds only the value {plane.flat[0]}. Leave it "
-                    "out."
+                    f"`{name}` must have contrast where it is annotated, but plane "
+                    f"{number} holds only the value {plane.flat[0]}. Leave it out."
                 )
-            found.images.append(preprocessing.apply(plane, limits, name=name))
-            found.targets.append(target)
-            found.numbers.append(number)
-            found.fingerprints.append(_fingerprint(plane, target))
-            top = max(top, int(target.max()))
-    if not found.images:
-        raise ValueError(
-            "`annotations` must have annotated pixels, got none. Paint a few strokes "
-            "of each class first."
-        )
-    if len(channels) > 1:
-        raise ValueError(
-            f"`images` must all have as many channels, got {sorted(channels)}."
-        )
-    return Examples(found.images, found.targets, found.numbers, top, found.fingerprints)
+            image = self._preprocessing.apply(plane, limits, name=name)
+            self._scaled[i, number] = image, _fingerprint(plane)
+        return self._scaled[i, number]
 
 
 def _pairs(images: Any, annotations: Any) -> list[tuple[Any, Any]]:
@@ -139,9 +208,7 @@ def _target(
     return target if unlabelled == 0 else target + np.uint8(1)
 
 
-def _fingerprint(image: NDArray[Any], target: NDArray[np.uint8]) -> str:
-    digest = hashlib.sha256()
-    for array in (image, target):
-        digest.update(f"{array.dtype}{array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
+def _fingerprint(array: NDArray[Any]) -> str:
+    digest = hashlib.sha256(f"{array.dtype}{array.shape}".encode())
+    digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()[:16]

@@ -110,5 +110,7 @@ def count(targets: list[NDArray[np.uint8]], n_classes: int) -> NDArray[np.int64]
     """Return how many annotated pixels each class has."""
     total = np.zeros(n_classes, np.int64)
     for target in targets:
-        total += np.bincount(target.ravel(), minlength=n_classes + 1)[1 : n_classes + 1]
+        # Strokes are sparse; counting every pixel would copy it to 8 bytes.
+        painted = np.bincount(target[target > 0], minlength=n_classes + 1)
+        total += painted[1 : n_classes + 1]
     return total

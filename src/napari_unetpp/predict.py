@@ -54,12 +54,14 @@ class Tile:
     probabilities: NDArray[np.float32] | None = None
 
 
-class _Core(NamedTuple):
+class Core(NamedTuple):
+    """A part of a plane that one step predicts: its rows and its columns."""
+
     rows: Span
     columns: Span
 
 
-class _Geometry:
+class Geometry:
     """Which window of the mirrored image a core of the labels needs."""
 
     def __init__(
@@ -74,11 +76,11 @@ class _Geometry:
     def round_up(self, n: int) -> int:
         return -(-n // self._multiple) * self._multiple
 
-    def cores(self, tile: int) -> list[_Core]:
+    def cores(self, tile: int) -> list[Core]:
         height, width = self._shape
         tile = self.round_up(tile)
         return [
-            _Core((y, min(y + tile, height)), (x, min(x + tile, width)))
+            Core((y, min(y + tile, height)), (x, min(x + tile, width)))
             for y in range(0, height, tile)
             for x in range(0, width, tile)
         ]
@@ -101,12 +103,12 @@ class _Geometry:
         high = min(end, self.round_up(stop + self._halo))
         return (low, high), start - low
 
-    def split(self, core: _Core) -> list[_Core]:
+    def split(self, core: Core) -> list[Core]:
         """Return up to four parts of a core, or nothing when it is small already."""
         parts = [self._halves(span) for span in core]
         if all(len(p) == 1 for p in parts):
             return []
-        return [_Core(rows, columns) for rows in parts[0] for columns in parts[1]]
+        return [Core(rows, columns) for rows in parts[0] for columns in parts[1]]
 
     def _halves(self, span: Span) -> list[Span]:
         half = self.round_up((span[1] - span[0]) // 2)
@@ -115,32 +117,53 @@ class _Geometry:
         return [(span[0], span[0] + half), (span[0] + half, span[1])]
 
 
-class _Plane:
-    """One plane, ready to be predicted: its grey-value limits and norms are known."""
+class PlanePredictor:
+    """One plane, ready to be predicted: its grey-value limits and norms are known.
+
+    Parameters
+    ----------
+    network : SegmentationNet
+        In evaluation mode; the statistics of its norms are set to those of the plane.
+    plane : Plane or array of shape (C, Y, X)
+        What is predicted.
+    preprocessing : Preprocessing
+        How grey values are scaled.
+    depth : int
+        The head to use.
+    all_heads : bool
+        Whether `softmaxes` returns the heads 1 to `depth`, not `depth` alone.
+    tile : int or None
+        Side of the cores that will be asked for; None: the whole plane if it is small.
+    limits : ndarray or None
+        What `preprocessing.limits` told of the plane, if it has been asked before.
+    """
 
     def __init__(
         self,
         network: SegmentationNet,
         plane: Any,
         preprocessing: Preprocessing,
-        config: PredictConfig,
+        *,
         depth: int,
+        all_heads: bool = False,
+        tile: int | None = None,
+        limits: NDArray[np.float64] | None = None,
     ) -> None:
         self._network = network
         self._plane = plane
         self._preprocessing = preprocessing
-        self._mean = config.heads == "mean"
+        self._all_heads = all_heads
         self._depth = depth
-        self._limits = preprocessing.limits(plane)
+        self.limits = preprocessing.limits(plane) if limits is None else limits
         height, width = plane.shape[1:]
-        self.geometry = _Geometry(network, depth, (height, width))
+        self.geometry = Geometry(network, depth, (height, width))
         self._parameter = next(network.parameters())
-        self._whole = _Core((0, height), (0, width))
+        self._whole = Core((0, height), (0, width))
         self._known: list[
             torch.Tensor
         ] = []  # the heads on the whole plane, once measured
         if any(isinstance(m, GroupNorm) for m in network.modules()):
-            self._measure(config.tile)
+            self._measure(tile)
 
     def _measure(self, tile: int | None) -> None:
         """Fix the norms' statistics, on less of the plane where memory runs out."""
@@ -153,7 +176,7 @@ class _Plane:
                     raise
                 continue
             if not sample and (tile is None or tile >= side):
-                self._known = heads if self._mean else heads[-1:]
+                self._known = heads if self._all_heads else heads[-1:]
             return
         raise DeviceMemoryError(_NO_MEMORY)
 
@@ -169,36 +192,49 @@ class _Plane:
                 ]
                 for n in self._plane.shape[1:]
             )
-            cores = [_Core(y, x) for y in rows for x in columns]
+            cores = [Core(y, x) for y in rows for x in columns]
         batch = torch.cat([self._read(core, crop=bool(sample)) for core in cores])
         return measure_norms(self._network, batch, self._depth)
 
-    def _read(self, core: _Core, *, crop: bool = False) -> torch.Tensor:
+    def _read(self, core: Core, *, crop: bool = False) -> torch.Tensor:
         if crop and not self._network.margin:
             rows, columns = core.rows, core.columns
         else:
             rows, columns = (self.geometry.window(s, a)[0] for a, s in enumerate(core))
         window = read_window(
-            self._plane, rows, columns, self._preprocessing, self._limits
+            self._plane, rows, columns, self._preprocessing, self.limits
         )
         batch = torch.from_numpy(np.ascontiguousarray(window))[None]
         return batch.to(self._parameter.device, memory_format=torch.channels_last)
 
     @torch.inference_mode()
-    def probabilities(self, core: _Core) -> torch.Tensor:
-        """Return (K, h, w) for a core."""
+    def softmaxes(self, core: Core) -> list[torch.Tensor]:
+        """Return (K, h, w) for a core, one per head."""
         if self._known and core == self._whole:
             heads = self._known
         else:
             batch = self._read(core)
-            heads = self._network(batch, self._depth, last_only=not self._mean)
+            heads = self._network(batch, self._depth, last_only=not self._all_heads)
         (top, left) = (self.geometry.window(s, a)[1] for a, s in enumerate(core))
         height, width = (stop - start for start, stop in core)
-        total = torch.zeros(())
-        for logits in heads:
-            part = logits[0, :, top : top + height, left : left + width].float()
-            total = total.to(part.device) + part.softmax(0) / len(heads)
+        return [
+            logits[0, :, top : top + height, left : left + width].float().softmax(0)
+            for logits in heads
+        ]
+
+    @torch.inference_mode()
+    def probabilities(self, core: Core) -> torch.Tensor:
+        """Return (K, h, w) for a core: the last head's, or the mean of all."""
+        parts = self.softmaxes(core)
+        total = parts[0] / len(parts)
+        for part in parts[1:]:
+            total = total + part / len(parts)
         return total
+
+
+def default_tile(shape: tuple[int, int]) -> int:
+    """Return the side of a tile for a plane: all of a small one, else 512 pixels."""
+    return max(shape) if max(shape) <= _WHOLE else _TILE
 
 
 def predict_tiles(
@@ -269,7 +305,7 @@ def predict_tiles(
             f"channel_axis={channel_axis})."
         )
     where = _Order(first, planes)
-    network = _working_copy(model.network, resolve_device(device))
+    network = working_copy(model.network, resolve_device(device))
     return _tiles(model, network, planes, config, depth, where, probabilities)
 
 
@@ -283,12 +319,16 @@ def _tiles(
     probabilities: bool,
 ) -> Iterator[Tile]:
     shift = 1 if model.unlabelled == 0 else 0
-    geometry = _Geometry(network, depth, planes.shape)
-    side = max(planes.shape)
-    cores = geometry.cores(config.tile or (side if side <= _WHOLE else _TILE))
+    geometry = Geometry(network, depth, planes.shape)
+    cores = geometry.cores(config.tile or default_tile(planes.shape))
     for number, queue in where.jobs(cores):
-        plane = _Plane(
-            network, planes.plane(number), model.preprocessing, config, depth
+        plane = PlanePredictor(
+            network,
+            planes.plane(number),
+            model.preprocessing,
+            depth=depth,
+            all_heads=config.heads == "mean",
+            tile=config.tile,
         )
         lead: tuple[int | slice, ...] = planes.index(number)
         queue.reverse()
@@ -299,7 +339,7 @@ def _tiles(
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                queue += _parts(geometry, core)
+                queue += smaller_parts(geometry, core)
                 continue
             labels = (found.argmax(0) + shift).to(torch.uint8).numpy()
             slices = (*lead, slice(*core.rows), slice(*core.columns))
@@ -312,7 +352,7 @@ _NO_MEMORY = (
 )
 
 
-def _parts(geometry: _Geometry, core: _Core) -> list[_Core]:
+def smaller_parts(geometry: Geometry, core: Core) -> list[Core]:
     """Return smaller cores, the first one last, or raise DeviceMemoryError."""
     parts = geometry.split(core)
     if not parts:
@@ -412,7 +452,7 @@ def _label_shape(image: Any, channel_axis: int | None) -> tuple[int, ...]:
     return (*planes.leading, *planes.shape)
 
 
-def _working_copy(network: SegmentationNet, device: torch.device) -> SegmentationNet:
+def working_copy(network: SegmentationNet, device: torch.device) -> SegmentationNet:
     """Return a network whose norms may be measured while others use the original."""
     own = copy.deepcopy(network).to(device)
     return own.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload, no-any-return]
@@ -438,7 +478,7 @@ class _Order:
                 f"labels of shape {shape}, got {first!r}."
             ) from None
 
-    def jobs(self, cores: list[_Core]) -> Iterator[tuple[int, list[_Core]]]:
+    def jobs(self, cores: list[Core]) -> Iterator[tuple[int, list[Core]]]:
         """Yield planes and what to do of each: the region of all planes, then the rest.
 
         One plane in view is finished at once, so that it need not be read twice.
@@ -460,7 +500,7 @@ class _Order:
         place = self._planes.index(number)
         return all(i in r for i, r in zip(place, self._ranges, strict=False))
 
-    def _distance(self, core: _Core) -> tuple[float, float]:
+    def _distance(self, core: Core) -> tuple[float, float]:
         """Return the gap between core and region, and the distance of their centres."""
         gap = centre = 0.0
         for (start, stop), r in zip(core, self._ranges[-2:], strict=True):

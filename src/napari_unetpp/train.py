@@ -133,7 +133,8 @@ def train_steps(
         preprocessing=model.preprocessing if model else None,
     )
     names = _class_names(classes, model, examples, 0 if unlabelled is None else 1)
-    start = _starting_model(model, network, names, examples, unlabelled, seed)
+    channels = len(examples.images[0])
+    start = starting_model(model, network, names, channels, unlabelled, seed)
     trainer = Trainer(
         start, examples, config or TrainConfig(), seed=seed, device=target_device
     )
@@ -246,15 +247,15 @@ def _class_names(
     return names
 
 
-def _starting_model(
+def starting_model(
     model: Model | None,
     network: str | NetConfig,
     names: tuple[str, ...],
-    examples: Examples,
+    channels: int,
     unlabelled: int | None,
     seed: int,
 ) -> Model:
-    channels = len(examples.images[0])
+    """Return what a training starts from, its own copy; ValueError if it cannot."""
     if model is None:
         if not isinstance(network, NetConfig):
             check_choice("network", network, NETWORKS)
@@ -270,10 +271,10 @@ def _starting_model(
             f"`images` must have {model.config.in_channels} channel(s) for this model, "
             f"got {channels}."
         )
-    return _with_classes(model, names, seed)
+    return with_classes(model, names, seed)
 
 
-def _with_classes(model: Model, names: tuple[str, ...], seed: int) -> Model:
+def with_classes(model: Model, names: tuple[str, ...], seed: int) -> Model:
     """Return a copy with outputs for more classes; the old ones keep their weights."""
     if names == model.classes:
         return model.copy()

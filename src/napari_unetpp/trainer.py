@@ -14,7 +14,7 @@ from napari_unetpp import __version__, augment, heldout, losses
 from napari_unetpp.device import autocast
 from napari_unetpp.errors import TrainingError
 from napari_unetpp.evaluate import evaluate
-from napari_unetpp.sampling import PatchSampler
+from napari_unetpp.sampling import Draw, PatchSampler
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 _SCORE_EVERY = 25  # steps; the crops that are scored cost about as much as one step
 _SCORE_CROPS = 16
 _RAMP = 50  # steps in which the energy between strokes reaches its weight
+_FRESH = 40  # steps in which half of each batch comes from what was painted last
+_RECALL = 10  # steps that the averaged weights remember when new strokes arrive
 
 
 class Trainer:
@@ -64,6 +66,10 @@ class Trainer:
         self._n_classes = len(model.classes)
         self.steps = 0
         self.score: float | None = None
+        self.scores: dict[int, float] = {}
+        self._averaged_from = 0
+        self._fresh: PatchSampler | None = None
+        self._fresh_until = 0
         self._rng = np.random.default_rng(seed)
         self._generator = torch.Generator().manual_seed(seed)
         self._read(examples)
@@ -84,11 +90,30 @@ class Trainer:
             seed=self._seed,
             fraction=self._config.held_out,
         )
+        self._arrays, self._training = examples.images, training
         self._images = [torch.from_numpy(i).to(self._device) for i in examples.images]
         self._targets = [torch.from_numpy(t).to(self._device) for t in training]
         self._sampler = PatchSampler(training, self._config.patch, self._rng)
         self.painted = heldout.count(examples.targets, self._n_classes)
         self._scored = self._scored_crops(scoring)
+
+    def learn_from(self, examples: Examples) -> None:
+        """Go on with other annotations, and look at what is new in them first.
+
+        The weights that are shown forget what they were before, so that a correction
+        is seen within a second or two.
+        """
+        old = {id(i): t for i, t in zip(self._arrays, self._training, strict=True)}
+        self._read(examples)
+        fresh = []
+        for image, target in zip(self._arrays, self._training, strict=True):
+            before = old.get(id(image))
+            new = target if before is None else np.where(target != before, target, 0)
+            fresh.append(new.astype(np.uint8))
+        if any(f.any() for f in fresh):
+            self._fresh = PatchSampler(fresh, self._config.patch, self._rng)
+            self._fresh_until = self.steps + _FRESH
+        self._averaged_from = max(self._averaged_from, self.steps - _RECALL)
 
     def _scored_crops(
         self, scoring: list[NDArray[np.uint8]]
@@ -136,7 +161,7 @@ class Trainer:
         """Draw patches: images (N, C, H, W) and class numbers (N, h, w)."""
         c = self._config
         side = self._score_side()
-        draw = self._sampler.draw(c.batch)
+        draw = self._draw(c.batch)
         warped = self.steps >= c.warp_after
         spec = augment.Warp(
             flip=c.flip,
@@ -171,6 +196,13 @@ class Trainer:
         target = _inner(target, self.network.margin)
         return patches.to(memory_format=torch.channels_last), target
 
+    def _draw(self, n: int) -> Draw:
+        """Draw places; half of them where something has just been painted."""
+        if self._fresh is None or self.steps >= self._fresh_until:
+            return self._sampler.draw(n)
+        parts = [self._fresh.draw(n // 2), self._sampler.draw(n - n // 2)]
+        return Draw(*(np.concatenate(values) for values in zip(*parts, strict=True)))
+
     def step(self) -> float:
         """Take one optimizer step and return its loss."""
         self.network.train()
@@ -191,7 +223,8 @@ class Trainer:
                 "over with a smaller `learning_rate`."
             )
         if self._scored and self.steps % _SCORE_EVERY == 0:
-            self.score = self._measure_score()
+            self.scores = self._measure_scores()
+            self.score = self.scores[self._shown.depths[-1]]
         return value
 
     @contextmanager
@@ -244,7 +277,8 @@ class Trainer:
     def _average(self) -> None:
         """Follow the weights with a window that grows with the steps."""
         power = self._config.averaging + 1
-        keep = (1 - 1 / (self.steps + 1)) ** power if self._config.averaging else 0.0
+        steps = self.steps - self._averaged_from
+        keep = (1 - 1 / (steps + 1)) ** power if self._config.averaging else 0.0
         shown: list[Tensor] = list(self._shown.parameters())
         torch._foreach_lerp_(shown, list(self.network.parameters()), 1 - keep)
         for mine, theirs in zip(
@@ -253,19 +287,24 @@ class Trainer:
             mine.copy_(theirs)
 
     @torch.inference_mode()
-    def _measure_score(self) -> float | None:
+    def _measure_scores(self) -> dict[int, float]:
+        """Return the mean IoU on held-out pixels at every depth."""
         self._shown.eval()
-        truths, labels = [], []
         margin = self._shown.margin
+        truths: list[NDArray[np.uint8]] = []
+        labels: dict[int, list[NDArray[np.int64]]] = {d: [] for d in self._shown.depths}
         for window, truth in self._scored:
-            logits = self._shown(window, last_only=True)[-1][0]
-            inner = truth[
-                margin : truth.shape[0] - margin, margin : truth.shape[1] - margin
-            ]
-            labels.append((logits.argmax(0) + 1).cpu().numpy()[inner > 0])
+            rows, columns = (slice(margin, n - margin) for n in truth.shape)
+            inner = truth[rows, columns]
             truths.append(inner[inner > 0])
-        result = evaluate(np.concatenate(labels), np.concatenate(truths))
-        return float(result.mean_iou)
+            heads = self._shown(window)
+            for found, logits in zip(labels.values(), heads, strict=True):
+                found.append((logits[0].argmax(0) + 1).cpu().numpy()[inner > 0])
+        whole = np.concatenate(truths)
+        return {
+            depth: float(evaluate(np.concatenate(found), whole).mean_iou)
+            for depth, found in labels.items()
+        }
 
     def model(self, history: Sequence[TrainStep] = ()) -> Model:
         """Return the model as it stands, its own copy on the CPU."""

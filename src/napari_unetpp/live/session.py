@@ -1,0 +1,445 @@
+"""The turns of a live training: take what is new, train a step, or predict a tile."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from napari_unetpp.config import TrainConfig
+from napari_unetpp.device import describe, is_out_of_memory, resolve_device
+from napari_unetpp.errors import DeviceMemoryError
+from napari_unetpp.examples import ExampleBook, Examples
+from napari_unetpp.heldout import count
+from napari_unetpp.live.preview import Preview
+from napari_unetpp.messages import Message, Progress, Snapshot, Started, Waiting
+from napari_unetpp.model import Model, TrainStep, check_classes
+from napari_unetpp.train import starting_model, train_steps
+from napari_unetpp.trainer import Trainer
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterator, Sequence
+
+    import torch
+
+    from napari_unetpp.config import NetConfig
+    from napari_unetpp.messages import Mailbox, Strokes, Wishes
+    from napari_unetpp.train import Stop
+
+_FIRST = 5  # steps before the first prediction
+_SHARE = 0.12  # of the time is prediction's, unless what it shows is urgent
+_URGENT = 4.0  # s of training after new strokes in which the view is shown often
+_BEAT = 0.25  # s between two signs of life while there is nothing to do
+
+
+def live_steps(
+    images: Sequence[Any],
+    mailbox: Mailbox,
+    *,
+    channel_axes: Sequence[int | None] | None = None,
+    names: Sequence[str] | None = None,
+    model: Model | None = None,
+    network: str | NetConfig = "unet++",
+    config: TrainConfig | None = None,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    stop: Stop | None = None,
+) -> Generator[Message, None, Model | None]:
+    """Learn from strokes while they are painted, and predict what is looked at.
+
+    Parameters
+    ----------
+    images : sequence of arrays of shape (..., Y, X)
+        With channels at their `channel_axes`; lazy ones are read where needed.
+    mailbox : Mailbox
+        Brings the newest strokes, view, depth and whether to train.
+    channel_axes : sequence of int or None, optional
+        One per image; None: no image has channels.
+    names : sequence of str or None, optional
+        What messages call the images.
+    model : Model or None, optional
+        Go on from a copy of this one.
+    network : str or NetConfig, optional
+        What to make when `model` is None.
+    config : TrainConfig or None, optional
+        How to learn.
+    seed : int, optional
+        From strokes that do not change, the same is learned as by `train_steps` with
+        this seed in as many steps.
+    device : str, torch.device or None, optional
+        None: the fastest there is.
+    stop : object with ``is_set()``, optional
+        Asked after every step and tile.
+
+    Yields
+    ------
+    message : Started, Waiting, Progress, Prediction, Coverage, DepthCost or Snapshot
+        At least four times a second while there is nothing to do.
+
+    Returns
+    -------
+    model : Model or None
+        As it stands when `stop` is set, or, where nothing has been trained, when no
+        training is wished and all is predicted; None if there is no model.
+
+    Raises
+    ------
+    ValueError, TrainingError, DeviceMemoryError
+        As `train_steps`.
+    """
+    import torch._dynamo  # noqa: F401  # any optimizer imports it at its first step
+
+    axes = [None] * len(images) if channel_axes is None else list(channel_axes)
+    scaling = model.preprocessing if model is not None else None
+    book = ExampleBook(images, axes, names=names, preprocessing=scaling)
+    session = _Session(
+        book, model, network, config or TrainConfig(), seed, resolve_device(device)
+    )
+    while stop is None or not stop.is_set():
+        wishes = mailbox.latest()
+        try:
+            yield from session.advance(wishes)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise DeviceMemoryError(
+                "The device has no memory left for this. Choose a smaller network or "
+                "depth, close other programs, or choose the CPU."
+            ) from None
+        if session.idle:
+            if not wishes.training and session.untrained:
+                break
+            mailbox.wait(_BEAT)
+            yield session.waiting
+    return session.result()
+
+
+def warm_up(device: str | torch.device | None = None) -> Generator[None, None, str]:
+    """Pay the first-call costs of torch before they keep anybody waiting.
+
+    Parameters
+    ----------
+    device : str, torch.device or None, optional
+        As for `train_steps`.
+
+    Yields
+    ------
+    None
+        Between the parts.
+
+    Returns
+    -------
+    text : str
+        The device in words.
+    """
+    rng = np.random.default_rng(0)
+    image = rng.random((64, 64))
+    strokes = np.zeros((64, 64), np.uint8)
+    strokes[10:20, 10:50], strokes[40:50, 10:50] = 1, 2
+    yield
+    for _ in train_steps(
+        image,
+        strokes,
+        network="unet",
+        config=TrainConfig(patch=32, batch=2),
+        max_steps=2,
+        device=device,
+    ):
+        yield
+    return describe(resolve_device(device))
+
+
+class _Session:
+    """What `live_steps` knows from one turn to the next."""
+
+    def __init__(
+        self,
+        book: ExampleBook,
+        model: Model | None,
+        network: str | NetConfig,
+        config: TrainConfig,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self._book = book
+        self._base = _with_coding(model)
+        self._network = network
+        self._config = config
+        self._seed = seed
+        self._device = device
+        self._trainer: Trainer | None = None
+        self._examples: Examples | None = None
+        self._seen: list[dict[int, int]] = []
+        self._classes: tuple[str, ...] = ()
+        self._history: list[TrainStep] = []
+        self._clock = _Clock()
+        self._preview: Preview | None = None
+        self._unpriced: list[int] = []
+        self.waiting = Waiting("")
+        self.idle = False
+
+    @property
+    def untrained(self) -> bool:
+        """Whether no training has begun."""
+        return self._trainer is None
+
+    def advance(self, wishes: Wishes) -> Iterator[Message]:
+        """Do one piece of work, or none (`idle`)."""
+        self.idle = False
+        yield from self._take(wishes)
+        training = (
+            wishes.training and self._trainer is not None and not self.waiting.reason
+        )
+        if training and not self._shows(wishes):
+            yield self._train()
+        elif self._base is not None and (training or self._has_more(wishes)):
+            yield from self._show(wishes, training)
+        else:
+            self.idle = True
+
+    # --- strokes and classes ------------------------------------------------------
+
+    def _take(self, wishes: Wishes) -> Iterator[Message]:
+        """Take over strokes and classes where they have changed."""
+        seen = [{n: id(p) for n, p in planes.items()} for planes in wishes.strokes]
+        same_strokes = seen == self._seen
+        if same_strokes and wishes.classes == self._classes:
+            return
+        if not wishes.training:
+            return  # taken over when it goes on
+        classes = check_classes(wishes.classes)
+        reason = missing(wishes.strokes, classes, fresh=self._base is None)
+        if reason != self.waiting.reason:
+            self.waiting = Waiting(reason)
+            yield self.waiting
+        if not reason:
+            yield from self._learn(wishes.strokes, classes, same_strokes)
+        self._seen, self._classes = seen, classes
+
+    def _learn(
+        self, strokes: Strokes, classes: tuple[str, ...], same: bool
+    ) -> Iterator[Message]:
+        if self._trainer is not None and len(classes) == len(self._classes):
+            if not same:
+                self._examples = self._book.read(strokes)
+                self._trainer.learn_from(self._examples)
+                self._clock.urgent()
+            return
+        self._examples = self._book.read(strokes)
+        base = self.result()
+        if base is not None and len(base.classes) > len(classes):
+            raise ValueError(
+                f"The model has {len(base.classes)} classes, the table "
+                f"{len(classes)}. Add the missing ones, or start over."
+            )
+        channels = len(self._examples.images[0])
+        self._base = starting_model(
+            base, self._network, classes, channels, 0, self._seed
+        )
+        self._base.classes = classes
+        self._trainer = Trainer(
+            self._base,
+            self._examples,
+            self._config,
+            seed=self._seed,
+            device=self._device,
+        )
+        self._clock.urgent()
+        yield self._started(self._base)
+
+    def _started(self, model: Model) -> Started:
+        self._unpriced = list(model.network.depths)
+        return Started(
+            model.config.name, describe(self._device), tuple(model.network.depths)
+        )
+
+    # --- training -----------------------------------------------------------------
+
+    def _train(self) -> Progress:
+        if self._trainer is None:
+            raise ValueError("There is nothing to train: no strokes were taken over.")
+        with self._clock.training():
+            loss = self._trainer.step()
+        self._history.append(
+            TrainStep(
+                len(self._history) + 1, loss, self._clock.seconds, self._trainer.score
+            )
+        )
+        scores = tuple(self._trainer.scores.items())
+        return Progress(self._history[-1], self._clock.rate, scores)
+
+    def result(self) -> Model | None:
+        """Return the model as it stands."""
+        if self._trainer is None or self._examples is None:
+            return self._base
+        model = self._trainer.model(self._history)
+        model.classes = self._classes or model.classes
+        model.provenance = self._trainer.provenance(self._examples)
+        return model
+
+    # --- prediction ---------------------------------------------------------------
+
+    def _shows(self, wishes: Wishes) -> bool:
+        """Return whether it is prediction's turn while a training runs."""
+        preview = self._preview
+        if preview is None:
+            return self._trainer is not None and self._trainer.steps >= _FIRST
+        if preview.outdated(wishes) or not preview.done_in(wishes.view):
+            return True
+        if self._clock.due(preview.view_seconds):
+            return True
+        more = bool(self._unpriced) or not preview.complete
+        return more and self._clock.share < _SHARE
+
+    def _has_more(self, wishes: Wishes) -> bool:
+        """Return whether there is something to predict while nothing is trained."""
+        preview = self._preview
+        return (
+            preview is None
+            or preview.step != len(self._history)
+            or preview.outdated(wishes)
+            or bool(self._unpriced)
+            or not preview.complete
+        )
+
+    def _show(self, wishes: Wishes, training: bool) -> Iterator[Message]:
+        """Predict one tile, with newer weights where it is time for them."""
+        with self._clock.predicting():
+            preview = self._preview
+            if training:
+                new = preview is None or (
+                    preview.done_in(wishes.view)
+                    and self._clock.due(preview.view_seconds)
+                )
+            else:
+                new = preview is None or preview.step != len(self._history)
+            if new:
+                model = self.result()
+            elif preview is not None and preview.outdated(wishes):
+                model = preview.model
+            else:
+                model = None
+            if model is not None:
+                preview = self._preview = Preview(
+                    self._book.sources,
+                    model,
+                    wishes,
+                    self._device,
+                    len(self._history),
+                    preview,
+                )
+                if self._trainer is None and not self._unpriced:
+                    yield self._started(model)
+                yield Snapshot(model)
+            if new:
+                self._clock.shown()
+            if preview is not None:
+                yield from self._tile(preview, wishes)
+
+    def _tile(self, preview: Preview, wishes: Wishes) -> Iterator[Message]:
+        seen = preview.done_in(wishes.view)
+        if self._unpriced and seen:
+            yield preview.price(self._unpriced.pop(0))
+            return
+        job = preview.next_job(wishes.view)
+        if job is not None:
+            yield preview.predict(job, wishes.view)
+            yield preview.coverage(wishes.view)
+
+
+class _Clock:
+    """Shares the time between training and prediction."""
+
+    def __init__(self) -> None:
+        self._train = self._predict = 0.0
+        self._urgent_from = self._shown_at = 0.0
+        self._recent: deque[float] = deque(maxlen=30)
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._recent.append(time.perf_counter())
+        self._train += self._recent[-1] - began
+
+    @contextmanager
+    def predicting(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._predict += time.perf_counter() - began
+
+    @property
+    def seconds(self) -> float:
+        """Of work since the start."""
+        return self._train + self._predict
+
+    @property
+    def share(self) -> float:
+        """Part of the time that went into predictions."""
+        return self._predict / max(self.seconds, 1e-9)
+
+    @property
+    def rate(self) -> float:
+        """Steps per second."""
+        if len(self._recent) < 2:
+            return 0.0
+        return (len(self._recent) - 1) / (self._recent[-1] - self._recent[0])
+
+    def urgent(self) -> None:
+        """Note that something has changed that the user waits to see."""
+        self._urgent_from = self._train
+
+    def shown(self) -> None:
+        """Note that new weights are being shown."""
+        self._shown_at = self._train
+
+    def due(self, cost: float) -> bool:
+        """Return whether newer weights should be shown, at a cost in seconds."""
+        since = self._train - self._shown_at
+        if self._train - self._urgent_from < _URGENT:
+            return since >= max(0.35, cost)
+        return since >= max(1.0, cost / _SHARE)
+
+
+def missing(strokes: Strokes, classes: tuple[str, ...], *, fresh: bool) -> str:
+    """Return what must be painted before anything can be learned, in words; or "".
+
+    Parameters
+    ----------
+    strokes, classes
+        As in `Wishes`.
+    fresh : bool
+        Whether the network knows nothing yet; one that does needs any two classes.
+    """
+    planes = [plane for image in strokes for plane in image.values()]
+    pixels = count(planes, 255)
+    too_high = np.flatnonzero(pixels[len(classes) :])
+    if len(too_high):
+        return (
+            f"Label {too_high[0] + len(classes) + 1} is painted, but the highest class "
+            f"is {len(classes)}. Add a class, or erase it."
+        )
+    bare = [n for n, painted in zip(classes, pixels, strict=False) if not painted]
+    if len(bare) == len(classes):
+        return "Paint a few strokes of each class on the image."
+    if bare and (fresh or len(classes) - len(bare) < 2):
+        return f"Paint some {_listed(bare)}: nothing of it is painted yet."
+    return ""
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = [name if len(name) <= 24 else name[:23] + "…" for name in names[:3]]
+    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(shown) + rest
+
+
+def _with_coding(model: Model | None) -> Model | None:
+    """Return a copy whose labels are 1 to K, as a layer's are."""
+    if model is None:
+        return None
+    copy = model.copy()
+    copy.unlabelled = 0
+    return copy
