@@ -1,5 +1,6 @@
 """The public names: everything a script needs, nothing else."""
 
+from napari_unetpp.batch import BatchStep, Target, plan_files, predict_files
 from napari_unetpp.config import (
     NETWORKS,
     NetConfig,
@@ -23,6 +24,7 @@ from napari_unetpp.train import train, train_steps
 
 __all__ = [
     "NETWORKS",
+    "BatchStep",
     "DeviceMemoryError",
     "Evaluation",
     "ImageFileError",
@@ -32,6 +34,7 @@ __all__ = [
     "PredictConfig",
     "Preprocessing",
     "SaveError",
+    "Target",
     "Tile",
     "TrainConfig",
     "TrainStep",
@@ -40,7 +43,9 @@ __all__ = [
     "create_model",
     "evaluate",
     "load_model",
+    "plan_files",
     "predict",
+    "predict_files",
     "predict_proba",
     "predict_tiles",
     "published_config",

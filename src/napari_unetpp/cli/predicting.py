@@ -2,140 +2,99 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from napari_unetpp import io
-from napari_unetpp.cli import jobs
-from napari_unetpp.cli.console import Console, count, exit_code, message_of, plain
-from napari_unetpp.errors import DeviceMemoryError, ImageFileError, SaveError
+from napari_unetpp import batch
+from napari_unetpp.cli.console import (
+    REPLACE,
+    Console,
+    count,
+    exit_code,
+    message_of,
+    plain,
+)
 
 if TYPE_CHECKING:
     from argparse import Namespace
-    from collections.abc import Sequence
+    from collections.abc import Iterator
 
-    from napari_unetpp.api import Model
-
-# What spoils one image and leaves the others be; torch raises RuntimeError.
-_BAD_IMAGE = (ImageFileError, DeviceMemoryError, ValueError, MemoryError, RuntimeError)
+    from napari_unetpp.batch import BatchStep, Target
 
 
 @dataclass
 class _Tally:
     """What became of the images."""
 
-    skipped: list[jobs.Target] = field(default_factory=list)
-    done: list[jobs.Target] = field(default_factory=list)
-    failed: list[tuple[jobs.Target, Exception]] = field(default_factory=list)
+    skipped: list[Target] = field(default_factory=list)
+    done: list[Target] = field(default_factory=list)
+    failed: list[tuple[Target, Exception]] = field(default_factory=list)
 
 
 def predict(options: Namespace, console: Console) -> int:
     """Label every image and tell at the end which ones failed."""
-    targets = jobs.plan_outputs(
+    targets = batch.plan_files(
         options.images, options.out, probabilities=options.probabilities
     )
-    inputs = [options.model, *(t.image for t in targets)]
-    in_folder = targets[0].labels != options.out
     replace = options.overwrite or options.skip_existing
-    if not in_folder or options.out.exists():
-        for file in (f for t in targets for f in t.files):
-            jobs.check_output(file, inputs, overwrite=replace)
-    tally = _Tally()
-    if options.skip_existing:
-        tally.skipped = [t for t in targets if all(f.exists() for f in t.files)]
-    todo = [t for t in targets if t not in tally.skipped]
-    model = _ready_model(options)
-    if in_folder:
-        jobs.make_folder(options.out)
-    stopped = False
-    try:
-        _label_all(options, console, model, todo, tally)
-    except KeyboardInterrupt:
-        stopped = True
-        console.tell(
-            f"stopped by Ctrl-C after {len(tally.done)} of {len(todo)} images."
-        )
-    code = _report(console, tally)
-    return 130 if stopped else code
-
-
-def _label_all(
-    options: Namespace,
-    console: Console,
-    model: Model,
-    todo: Sequence[jobs.Target],
-    tally: _Tally,
-) -> None:
-    for i, target in enumerate(todo, start=1):
-        name = f"[{i}/{len(todo)}] " * (len(todo) > 1) + io.shown(target.image)
-        try:
-            _label(options, console, model, target, name)
-        except (*_BAD_IMAGE, SaveError) as error:
-            if len(todo) == 1:
-                raise
-            tally.failed.append((target, error))
-            if isinstance(error, SaveError):  # the next one would fail as well
-                return
-        else:
-            tally.done.append(target)
-            console.say(f"{io.shown(target.image)} -> {plain(target.labels)}")
-
-
-def _ready_model(options: Namespace) -> Model:
-    """Load the model and try the options on nothing, so that no image fails by them."""
+    keep = [options.model]
+    batch.check_targets(targets, keep=keep, overwrite=replace, remedy=REPLACE)
     from napari_unetpp import api
 
-    model = api.load_model(options.model)
-    api.predict_tiles(
-        model,
-        np.zeros((model.config.in_channels, 1, 1), np.uint8),
-        channel_axis=0,
+    steps = api.predict_files(
+        api.load_model(options.model),
+        targets,
         depth=options.depth,
         heads=options.heads,
         tile=options.tile,
         device=options.device,
+        channel_axis=options.channel_axis,
+        overwrite=options.overwrite,
+        skip_existing=options.skip_existing,
+        keep=keep,
     )
-    return model
+    tally = _Tally()
+    stopped = False
+    try:
+        _follow(console, steps, tally)
+    except KeyboardInterrupt:
+        stopped = True
+    todo = len(targets) - len(tally.skipped)
+    if stopped:
+        console.tell(f"stopped by Ctrl-C after {len(tally.done)} of {todo} images.")
+    elif todo == 1 and tally.failed:
+        raise tally.failed[0][1]
+    code = _report(console, tally)
+    return 130 if stopped else code
 
 
-def _label(
-    options: Namespace, console: Console, model: Model, target: jobs.Target, name: str
-) -> None:
-    from napari_unetpp import api
-
-    wanted = model.config.in_channels
-    picture = jobs.read_picture(target.image, options.channel_axis, channels=wanted)
-    if picture.channels != wanted:
-        raise ValueError(
-            f"`{io.shown(target.image)}` has {count(picture.channels, 'channel')} "
-            f"(shape {picture.pixels.shape}), the model takes {wanted}. "
-            "Is another axis the one of the channels? Name it with --channel-axis."
-        )
-    labels = np.zeros(picture.shape, np.uint8)
-    maps = None
-    if target.probabilities is not None:
-        maps = np.zeros((len(model.classes), *picture.shape), np.float32)
-    with console.bar(labels.size, "pixels", name) as bar:
-        for tile in api.predict_tiles(
-            model,
-            picture.pixels,
-            probabilities=maps is not None,
-            channel_axis=picture.channel_axis,
-            depth=options.depth,
-            heads=options.heads,
-            tile=options.tile,
-            device=options.device,
-        ):
-            labels[tile.slices] = tile.labels
-            if maps is not None:
-                maps[(slice(None), *tile.slices)] = tile.probabilities
-            bar.update(tile.labels.size)
-    replace = options.overwrite or options.skip_existing
-    io.write_labels(target.labels, labels, overwrite=replace)
-    if maps is not None and target.probabilities is not None:
-        jobs.write_probabilities(target.probabilities, maps, overwrite=replace)
+def _follow(console: Console, steps: Iterator[BatchStep], tally: _Tally) -> None:
+    """Show how far the run is, and keep what became of the images."""
+    bar: Any = None
+    try:
+        for step in steps:
+            target = step.target
+            if step.tile is not None:
+                if bar is None:
+                    name = f"[{step.number}/{step.count}] " * (step.count > 1)
+                    pixels = math.prod(step.shape)
+                    bar = console.bar(pixels, "pixels", name + target.title)
+                bar.update(step.tile.labels.size)
+                continue
+            if bar is not None:
+                bar.close()
+                bar = None
+            if step.state == "skipped":
+                tally.skipped.append(target)
+            elif step.error is not None:
+                tally.failed.append((target, step.error))
+            elif step.state == "done":
+                tally.done.append(target)
+                console.say(f"{target.title} -> {plain(target.labels)}")
+    finally:
+        if bar is not None:
+            bar.close()
 
 
 def _report(console: Console, tally: _Tally) -> int:

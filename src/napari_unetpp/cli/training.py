@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from napari_unetpp import io
+from napari_unetpp import batch, io
 from napari_unetpp.cli import jobs, learning
-from napari_unetpp.cli.console import count, plain, quoted, score, table
+from napari_unetpp.cli.console import REPLACE, count, plain, quoted, score, table
 from napari_unetpp.config import NetConfig, working_config
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def train(options: Namespace, console: Console) -> int:
 
 def _training_files(
     options: Namespace, console: Console
-) -> tuple[list[tuple[Path, Path]], list[jobs.Picture], list[Any]]:
+) -> tuple[list[tuple[Path, Path]], list[batch.Picture], list[Any]]:
     """Check everything that can be checked without torch, cheapest first."""
     if options.out.suffix != ".safetensors":
         raise ValueError(
@@ -90,11 +90,14 @@ def _training_files(
         options.images, options.annotations, "IMAGES and ANNOTATIONS"
     )
     inputs = [file for pair in pairs for file in pair]
-    jobs.check_output(
-        options.out, [*inputs, options.base or inputs[0]], overwrite=options.overwrite
+    batch.check_output(
+        options.out,
+        [*inputs, options.base or inputs[0]],
+        overwrite=options.overwrite,
+        remedy=REPLACE,
     )
     console.note(f"reading {count(len(pairs), 'image')}")
-    pictures = [jobs.read_picture(image, options.channel_axis) for image, _ in pairs]
+    pictures = [batch.read_picture(image, options.channel_axis) for image, _ in pairs]
     if len({p.channels for p in pictures}) > 1:
         odd = next(p for p in pictures if p.channels != pictures[0].channels)
         raise ValueError(
@@ -107,7 +110,7 @@ def _training_files(
 
 def _network(
     options: Namespace,
-    pictures: Sequence[jobs.Picture],
+    pictures: Sequence[batch.Picture],
     annotations: jobs.Coded,
     classes: Sequence[str] | None,
 ) -> str | NetConfig:
@@ -129,7 +132,7 @@ def _network(
     )
 
 
-def _tell_channels(pictures: Sequence[jobs.Picture], console: Console) -> None:
+def _tell_channels(pictures: Sequence[batch.Picture], console: Console) -> None:
     for note in sorted({p.note for p in pictures} - {""}):
         which = [p for p in pictures if p.note == note]
         name = f"`{io.shown(which[0].path)}`"
@@ -160,9 +163,9 @@ def demo(options: Namespace, console: Console) -> int:
         }.items()
     }
     replace = options.overwrite or options.out is None
-    jobs.make_folder(folder)
+    batch.make_folder(folder)
     for file in files.values():
-        jobs.check_output(file, [], overwrite=replace)
+        batch.check_output(file, [], overwrite=replace, remedy=REPLACE)
     console.say(f"{sample.title}", "")
     limit = learning.limits(options.seconds, options.steps)
     with learning.stoppable() as stop:
