@@ -44,15 +44,18 @@ TABLE = {
     "train": "trainer model networks checkpoint examples preprocess device config"
     " errors",
     "predict": "model networks preprocess device config errors",
-    "live": "+train +predict",
+    "messages": "model",  # for its types alone: it is free of torch
+    "live": "+train +predict trainer messages heldout",
+    "script": "io errors",
     "samples": "errors",
-    "api": "+live evaluate samples io",
-    "cli": "api evaluate io samples config errors",
+    "batch": "predict model io preprocess config errors",
+    "api": "+live +batch evaluate samples io",
+    "cli": "api batch evaluate io samples config errors",
     "_sample_data": "samples",
-    "_widgets": "config errors api live device",
+    "_widgets": "messages config errors api live device script",
 }
 # Of these, _widgets imports the last three inside functions, which run in its thread.
-WIDGETS_AT_MODULE_LEVEL = {"_widgets", "config", "errors"}
+WIDGETS_AT_MODULE_LEVEL = {"_widgets", "messages", "config", "errors"}
 
 QT = {
     "qtpy", "PyQt5", "PyQt6", "PySide2", "PySide6", "magicgui", "superqt", "pyqtgraph",
@@ -60,8 +63,8 @@ QT = {
 }  # fmt: skip
 KNOWS_NAPARI = {"_widgets", "_sample_data"}
 WITHOUT_TORCH = {
-    "__init__", "errors", "config", "sampling", "evaluate", "modelfile", "samples",
-    "_sample_data",
+    "__init__", "errors", "config", "messages", "sampling", "evaluate", "modelfile",
+    "samples", "batch", "script", "_sample_data",
 }  # fmt: skip
 
 

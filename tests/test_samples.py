@@ -142,7 +142,8 @@ def test_napari_gets_image_and_annotation(name):
     assert (kind, label_kind) == ("image", "labels")
     assert options["name"] == name
     assert options.get("rgb", False) is (image.ndim == 3)
-    assert label_options == {"name": "annotation"}
+    assert label_options["name"] == "annotation"
+    assert label_options["metadata"] == {"classes": list(samples.load(name).classes)}
     assert strokes.shape == image.shape[:2]
 
 

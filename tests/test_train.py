@@ -21,7 +21,7 @@ from napari_unetpp.examples import read_examples
 from napari_unetpp.heldout import held_out_mask
 from napari_unetpp.model import Model, TrainStep, create_model, load_model
 from napari_unetpp.predict import predict, predict_proba
-from napari_unetpp.train import Trainer, with_classes, train, train_steps
+from napari_unetpp.train import Trainer, train, train_steps, with_classes
 
 if TYPE_CHECKING:
     from pathlib import Path

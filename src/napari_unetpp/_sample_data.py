@@ -19,7 +19,11 @@ def _layers(name: str) -> list[LayerData]:
         options["name"] = [f"{name} {c}" for c in range(sample.image.shape[-1])]
     return [
         (sample.image, options, "image"),
-        (sample.strokes, {"name": "annotation"}, "labels"),
+        (
+            sample.strokes,
+            {"name": "annotation", "metadata": {"classes": list(sample.classes)}},
+            "labels",
+        ),
     ]
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from napari_unetpp.messages import Mailbox, Strokes, Wishes
     from napari_unetpp.train import Stop
 
-_FIRST = 5  # steps before the first prediction
+_FIRST = 0.6  # s of training before the first prediction
 _SHARE = 0.12  # of the time is prediction's, unless what it shows is urgent
 _URGENT = 4.0  # s of training after new strokes in which the view is shown often
 _BEAT = 0.25  # s between two signs of life while there is nothing to do
@@ -286,7 +286,7 @@ class _Session:
         """Return whether it is prediction's turn while a training runs."""
         preview = self._preview
         if preview is None:
-            return self._trainer is not None and self._trainer.steps >= _FIRST
+            return self._clock.trained >= _FIRST
         if preview.outdated(wishes) or not preview.done_in(wishes.view):
             return True
         if self._clock.due(preview.view_seconds):
@@ -370,6 +370,11 @@ class _Clock:
         began = time.perf_counter()
         yield
         self._predict += time.perf_counter() - began
+
+    @property
+    def trained(self) -> float:
+        """Seconds of training."""
+        return self._train
 
     @property
     def seconds(self) -> float:
