@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from napari_unetpp import device as room
 from napari_unetpp.device import autocast, is_out_of_memory, resolve_device
 
 
@@ -62,19 +63,43 @@ class Asked:
         self.kind, self.dtype = kind, dtype
 
 
-def test_half_precision_is_for_gpus_that_have_it(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_half_precision_is_for_devices_that_have_it(
+    device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    able = True
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: able)
+    monkeypatch.setattr(room, "_cpu_has_bfloat16", lambda: able)
     monkeypatch.setattr(torch, "autocast", Asked)
-    gpu = torch.device("cuda")
-    for device, enabled in (("cpu", True), ("cpu", False), ("cuda", False)):
-        assert not isinstance(autocast(torch.device(device), enabled), Asked), device
-    found = autocast(gpu, True)
+    found = autocast(torch.device(device), True)
     assert isinstance(found, Asked)
-    assert (found.kind, found.dtype) == ("cuda", torch.bfloat16)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
-    assert not isinstance(autocast(gpu, True), Asked)
+    assert (found.kind, found.dtype) == (device, torch.bfloat16)
+    for other, enabled in ((device, False), ("mps", True)):
+        assert not isinstance(autocast(torch.device(other), enabled), Asked)
+    able = False
+    assert not isinstance(autocast(torch.device(device), True), Asked)
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ({"avx512_bf16": True, "amx_bf16": False}, True),
+        ({"avx512_bf16": False, "amx_bf16": True}, True),
+        ({"avx512_bf16": False, "amx_bf16": False, "avx512_f": True}, False),
+        ({"bf16": True}, False),  # ARM: not tried
+        (None, False),
+    ],
+)
+def test_the_cpu_is_asked_for_bfloat16(
+    found: dict[str, bool] | None, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+    if found is None:  # an older torch
+        monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert room._cpu_has_bfloat16() is expected
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert room._cpu_has_bfloat16() is False
 
 
 @pytest.mark.parametrize(

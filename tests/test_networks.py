@@ -871,6 +871,28 @@ def test_group_norm_is_torch_s(channels):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels", [5, 12, 16, 64, 128])
+def test_group_norm_s_gradient_is_torch_s(channels, dtype):
+    norm = GroupNorm(channels)
+    if dtype == torch.float64:
+        norm.double()
+    nn.init.normal_(norm.weight)
+    x = 3 * noise(2, channels, 6, 5, dtype=torch.float64) + 2
+    x = x.to(dtype).to(memory_format=torch.channels_last).requires_grad_()
+    wanted = [x, norm.weight, norm.bias]
+    y = norm(x)
+    twin = F.group_norm(x, norm.num_groups, norm.weight, norm.bias)
+    assert torch.equal(y, twin)
+    towards = noise(*x.shape, dtype=torch.float64).to(dtype)
+    found = torch.autograd.grad(y, wanted, towards)
+    expected = torch.autograd.grad(twin, wanted, towards)
+    for mine, torchs in zip(found, expected, strict=True):
+        assert mine.dtype == torchs.dtype
+        torch.testing.assert_close(mine, torchs, atol=1e-4, rtol=1e-4)
+    assert found[0].is_contiguous(memory_format=torch.channels_last)
+
+
 def test_measured_norm_pools_the_crops():
     norm = GroupNorm(16).double()
     nn.init.normal_(norm.weight)
@@ -1047,3 +1069,28 @@ def test_published_config_round_trips(name):
 def test_what_a_network_does_not_have_is_refused(name, changes, message):
     with pytest.raises(ValueError, match=message):
         published_config(name).replaced(**changes)
+
+
+def test_deeper_heads_of_the_working_unetpp_correct_the_ones_before():
+    network = build_network(working_config("unet++", width=4), seed=0).eval()
+    x = noise(1, 1, 32, 32)
+    heads = network(x)
+    assert all(torch.equal(h, heads[0]) for h in heads)  # the corrections start at 0
+    with torch.no_grad():
+        network.head_3.score.bias += 1
+    later = network(x)
+    assert torch.equal(later[1], heads[1])
+    torch.testing.assert_close(later[2], heads[2] + 1)
+    torch.testing.assert_close(later[3], heads[3] + 1)
+    assert torch.equal(network(x, 3, last_only=True)[0], later[2])
+    network.add_to_logits([2.0, 0.0])
+    torch.testing.assert_close(
+        network(x)[3], later[3] + torch.tensor([2.0, 0.0]).view(1, 2, 1, 1)
+    )
+
+
+def test_heads_of_the_published_unetpp_stand_alone():
+    network = build_network(published_config("unet++").replaced(width=4), seed=0).eval()
+    heads = network(noise(1, 1, 32, 32))
+    assert not torch.equal(heads[0], heads[1])
+    assert len(network.score_biases()) == 4

@@ -20,6 +20,7 @@ from napari_unetpp.evaluate import evaluate
 from napari_unetpp.examples import read_examples
 from napari_unetpp.heldout import held_out_mask
 from napari_unetpp.model import Model, TrainStep, create_model, load_model
+from napari_unetpp.networks import build_network
 from napari_unetpp.predict import predict, predict_proba
 from napari_unetpp.train import Trainer, train, train_steps, with_classes
 
@@ -232,7 +233,7 @@ def test_dropout_differs_from_step_to_step(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(own, "_loss", lambda *_: torch.zeros((), requires_grad=True))
     real = own.network.forward
     monkeypatch.setattr(
-        own.network, "forward", lambda x: drawn.append(torch.rand(4)) or real(x)
+        own.network, "forward", lambda x, *_: drawn.append(torch.rand(4)) or real(x)
     )
     own.step()
     own.step()
@@ -1007,3 +1008,25 @@ def test_the_energy_between_strokes_comes_in_slowly_and_is_no_part_of_the_loss(
     count = len(asked)
     quiet.step()
     assert len(asked) == count
+
+
+def test_unetpp_learns_shallow_nodes_at_every_step_and_deep_ones_in_turn() -> None:
+    image = np.random.default_rng(0).random((64, 64)).astype(np.float32)
+    strokes = np.zeros((64, 64), np.uint8)
+    strokes[5:9, 5:40], strokes[40:44, 5:40] = 1, 2
+    examples = read_examples(image, strokes)
+    config = TrainConfig(patch=32, batch=2)
+
+    def depths(net: NetConfig) -> list[int]:
+        model = Model(build_network(net, seed=0), ("a", "b"))
+        one = Trainer(model, examples, config, seed=0, device=torch.device("cpu"))
+        found = []
+        for one.steps in range(10):
+            found.append(one._depth())
+        return found
+
+    assert depths(working_config("unet++", width=4)) == [1, 2, 1, 3, 1, 2, 1, 4, 1, 2]
+    assert depths(working_config("unet", width=4)) == [3] * 10
+    assert depths(working_config("unet++", width=4, levels=2)) == [1, 2] * 5
+    plain = NetConfig("unet++", width=4, levels=3, deep_supervision=True)
+    assert depths(plain) == [3] * 10

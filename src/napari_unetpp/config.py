@@ -288,11 +288,11 @@ class TrainConfig(Settings):
         Largest log exponent of the grey-value curve; largest standard deviation of
         added noise.
     mixed_precision : bool
-        Half precision where the device is a GPU.
+        Half precision where the device computes in it: GPUs and some CPUs.
     """
 
     patch: int = 128
-    batch: int = 8
+    batch: int = 4
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     learning_rate: float = 2e-3
     weight_decay: float = 1e-4

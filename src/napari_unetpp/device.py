@@ -65,10 +65,19 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def autocast(device: torch.device, enabled: bool) -> AbstractContextManager[object]:
-    """Half precision on a GPU that has it (bfloat16: no loss scaling needed)."""
-    if enabled and device.type == "cuda" and torch.cuda.is_bf16_supported():
-        return torch.autocast("cuda", dtype=torch.bfloat16)
+    """Half precision where the device computes in it (bfloat16: no loss scaling)."""
+    able = {"cuda": torch.cuda.is_bf16_supported, "cpu": _cpu_has_bfloat16}
+    if enabled and device.type in able and able[device.type]():
+        return torch.autocast(device.type, dtype=torch.bfloat16)
     return nullcontext()
+
+
+def _cpu_has_bfloat16() -> bool:
+    """Return whether the CPU multiplies in bfloat16; imitated, it would be slow."""
+    ask: Callable[[], dict[str, bool]] = getattr(torch.cpu, "get_capabilities", dict)
+    found = ask()  # torch >= 2.11
+    able = found.get("avx512_bf16", False) or found.get("amx_bf16", False)
+    return able and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
 
 
 @contextmanager

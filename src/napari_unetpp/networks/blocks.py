@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
@@ -182,6 +183,8 @@ class SegmentationNet(nn.Module):
             if isinstance(head, Head) and head.unfold:
                 weight = head.score.weight  # (4 K, F, 1, 1), a pixel's four in a row
                 weight.copy_(weight[::4].repeat_interleave(4, dim=0))
+            if isinstance(head, Head) and head.corrects:
+                head.score.weight.zero_()
 
     def checked_depth(self, depth: int | None) -> int:
         """Return `depth`, or the deepest if None; ValueError if it has no head."""
@@ -215,6 +218,53 @@ class SegmentationNet(nn.Module):
             )
 
 
+class _GroupNormCPU(torch.autograd.Function):
+    """Group norm whose gradient is made of a few whole passes over memory.
+
+    torch's own walks the groups one by one, which costs six times as much where a
+    group is two channels of a channels-last map, and more in bfloat16.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float
+    ) -> Tensor:
+        """Normalise (N, C, H, W)."""
+        n, c, h, w = x.shape
+        y, mean, rstd = torch.native_group_norm(
+            x, weight, bias, n, c, h * w, groups, eps
+        )
+        ctx.save_for_backward(x, weight, mean, rstd)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients by x, weight and bias."""
+        x, weight, mean, rstd = ctx.saved_tensors
+        (n, c), groups = x.shape[:2], mean.shape[1]
+        shape, pixels = (n, groups, c // groups), x.shape[2] * x.shape[3]
+        weight, mean, rstd = (
+            weight.view(1, *shape[1:]),
+            mean[..., None],
+            rstd[..., None],
+        )
+        values, g = x.to(mean.dtype), grad.to(mean.dtype)
+        by_bias = g.sum((2, 3)).view(shape)
+        by_weight = ((g * values).sum((2, 3)).view(shape) - mean * by_bias) * rstd
+        # What the gradient has in common with the normalised values and with 1.
+        along, level = (
+            (v * weight).sum(2, keepdim=True) * (rstd / (pixels * shape[2]))
+            for v in (by_weight, by_bias)
+        )
+        slope = (-along * rstd).expand(shape).reshape(n, c, 1, 1)
+        shift = (along * rstd * mean - level).expand(shape).reshape(n, c, 1, 1)
+        by_x = torch.addcmul(shift, values, slope)
+        by_x.addcmul_(g, (weight * rstd).view(n, c, 1, 1))
+        sums = (v.sum(0).flatten() for v in (by_weight, by_bias))
+        return by_x.to(x.dtype), *sums, None, None
+
+
 class GroupNorm(nn.GroupNorm):
     """Group norm over gcd(8, channels) groups, whose statistics can be held fixed.
 
@@ -241,7 +291,13 @@ class GroupNorm(nn.GroupNorm):
         if self.measuring:
             self.fixed = self._measured(x)
         if self.fixed is None:
-            return super().forward(x)
+            wide = self.num_channels >= 16 * self.num_groups
+            if wide or x.device.type != "cpu" or not torch.is_grad_enabled():
+                return super().forward(x)
+            y: Tensor = _GroupNormCPU.apply(
+                x, self.weight, self.bias, self.num_groups, self.eps
+            )  # type: ignore[no-untyped-call]
+            return y
         scale, shift = self.fixed
         return torch.addcmul(shift, x, scale)
 
@@ -385,12 +441,14 @@ class Head(nn.Module):
     Without a stem: a 1x1 convolution. With the stem's half resolution: the same with
     four logits per pixel, unfolded; with `refine`: a doubled map beside `Unit`
     features of the full-resolution image, shared by all heads, and two convolutions.
+    A head that `corrects` is added to the one before it, and starts at 0.
     """
 
     DETAIL = 8
 
-    def __init__(self, config: NetConfig) -> None:
+    def __init__(self, config: NetConfig, *, corrects: bool = False) -> None:
         super().__init__()
+        self.corrects = corrects
         self.unfold = config.stem == 2 and not config.refine
         inputs, outputs = config.width, config.out_channels
         if config.refine:

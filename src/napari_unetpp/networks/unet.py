@@ -71,11 +71,13 @@ class UNet(SegmentationNet):
         if config.refine:
             self.detail = Unit(config.in_channels, Head.DETAIL, config.norm)
         for d in self.depths:
-            self.add_module(f"head_{d}", Head(config))
+            corrects = config.residual and d > self.depths[0]
+            self.add_module(f"head_{d}", Head(config, corrects=corrects))
 
     def score_biases(self) -> list[nn.Parameter]:
-        """Return the biases of the heads' last convolutions."""
-        return [getattr(self, f"head_{d}").score.bias for d in self.depths]
+        """Return the biases of the heads' last convolutions; see the base class."""
+        heads = [getattr(self, f"head_{d}") for d in self.depths]
+        return [head.score.bias for head in heads if not head.corrects]
 
     def nodes(self, depth: int) -> list[Node]:
         """Return the nodes (i, j) that X^{0,depth} needs, in computable order."""
@@ -117,8 +119,14 @@ class UNet(SegmentationNet):
         for i, j in self.nodes(depth):
             maps[i, j] = self._node(i, j, maps, x)  # (N, F 2^i, H/2^i, W/2^i)
         detail = self.detail(x) if self.config.refine else None
-        heads = [d for d in self.depths if d == depth or (d < depth and not last_only)]
-        return [getattr(self, f"head_{d}")(maps[0, d], detail) for d in heads]
+        found: list[Tensor] = []
+        for d in [d for d in self.depths if d <= depth]:
+            head = getattr(self, f"head_{d}")
+            if last_only and d < depth and not self.config.residual:
+                continue
+            logits = head(maps[0, d], detail)
+            found.append(found[-1] + logits if head.corrects else logits)
+        return found[-1:] if last_only else found
 
     def _node(self, i: int, j: int, maps: dict[Node, Tensor], x: Tensor) -> Tensor:
         """Return X^{i,j} from the nodes before it."""
