@@ -275,7 +275,7 @@ def test_the_work_of_a_depth_is_what_the_network_says(
         shown = Preview([source], model, wishes, torch.device("cpu"), 0, None)
         job = shown.next_job(None)
         assert job is not None
-        shown.predict(job, None)
+        shown.predict(job)
     # The norms are measured with all heads up to the depth, on the mirrored image.
     network = model.network
     sides = [96 + 2 * min(32, network.halo(d)) for d in network.depths]
@@ -503,8 +503,11 @@ def test_the_clock_gives_prediction_its_share() -> None:
     clock._train = 5.6
     assert clock.due(0.1)
     assert not clock.due(1.0)
-    clock._predict = 1.4
+    assert not clock.is_urgent
+    clock._spent = 0.275
     assert clock.share == pytest.approx(0.2)
+    clock.shown()
+    assert clock.share == 0
 
 
 def test_warming_up_tells_the_device() -> None:
@@ -525,3 +528,63 @@ def test_small_planes_are_one_tile_and_wide_halos_get_large_ones() -> None:
     assert deep.halo(4) > 96
     assert live_tile(deep, 4, (900, 900)) == 512
     assert live_tile(deep, 1, (900, 900)) == 256
+
+
+def test_an_undone_stroke_on_another_plane_leaves_the_training_alive() -> None:
+    image, strokes = picture()
+    stack = np.stack([image, image])
+    talk = Talk([stack], Wishes(({0: strokes},), CLASSES))
+    talk.steps_taken(4)
+    talk.wish(strokes=({0: strokes, 1: strokes},))
+    talk.steps_taken(8)
+    talk.wish(strokes=({0: strokes},))
+    talk.steps_taken(16)
+    assert talk.end() is not None
+
+
+def test_a_class_added_while_something_is_missing_is_learned_after() -> None:
+    image, strokes = picture()
+    talk = Talk([image], Wishes(({0: strokes},), CLASSES))
+    talk.steps_taken(4)
+    only = np.where(strokes == 1, strokes, 0).astype(np.uint8)
+    talk.wish(strokes=({0: only},))
+    assert "disc" in talk.waits()
+    talk.wish(classes=(*CLASSES, "rim"))
+    assert "rim" in talk.waits()
+    assert talk.of(Snapshot) == [] or len(talk.of(Snapshot)[-1].model.classes) == 2
+    full = strokes.copy()
+    full[50:54, 4:40] = 3
+    talk.wish(strokes=({0: full},))
+    talk.steps_taken(8)
+    model = talk.end()
+    assert model.classes == (*CLASSES, "rim")
+    assert model.config.out_channels == 3
+
+
+def test_names_changed_while_it_pauses_are_kept() -> None:
+    image, strokes = picture()
+    talk = Talk([image], Wishes(({0: strokes},), CLASSES))
+    talk.steps_taken(4)
+    talk.wish(training=False, classes=("ground", "nucleus"))
+    talk.until(Waiting)
+    assert talk.end().classes == ("ground", "nucleus")
+
+
+def test_a_pause_before_the_first_step_is_no_end() -> None:
+    image, strokes = picture()
+    talk = Talk([image], Wishes(({},), CLASSES))
+    talk.waits()
+    talk.wish(training=False)
+    for _ in range(3):
+        talk.until(Waiting)
+    talk.wish(training=True, strokes=({0: strokes},))
+    assert talk.until(Progress).last.step == 1
+    talk.end()
+
+
+def test_a_model_with_other_channels_is_refused_in_words() -> None:
+    image, _ = picture()
+    model = api.create_model(SMALL.replaced(in_channels=3), classes=CLASSES)
+    talk = Talk([image], Wishes(({},), CLASSES, training=False), model=model)
+    with pytest.raises(ValueError, match=r"takes 3 channel\(s\), the image has 1"):
+        talk.until(Prediction)

@@ -15,6 +15,7 @@ from napari_unetpp import losses
 from napari_unetpp import train as room
 from napari_unetpp import trainer as trainer_room
 from napari_unetpp.config import NETWORKS, NetConfig, TrainConfig, working_config
+from napari_unetpp.device import autocast
 from napari_unetpp.errors import DeviceMemoryError, TrainingError
 from napari_unetpp.evaluate import evaluate
 from napari_unetpp.examples import read_examples
@@ -746,7 +747,8 @@ def test_held_out_strokes_give_the_score(monkeypatch: pytest.MonkeyPatch) -> Non
     assert own.score is None
     own.step()
     labels, truths = [], []
-    with torch.inference_mode():
+    half = autocast(torch.device("cpu"), enabled=True)
+    with torch.inference_mode(), half:
         for window, truth in own._scored:
             logits = own._shown.eval()(window)[-1][0]
             labels.append(logits.argmax(0).numpy()[truth > 0] + 1)

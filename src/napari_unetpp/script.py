@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io as buffers
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from napari_unetpp import __version__, io
-from napari_unetpp.errors import SaveError
+from napari_unetpp.errors import ImageFileError, SaveError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -128,13 +129,26 @@ def _image(channels: Sequence[Channel], folder: Path, stem: str) -> str:
     parts = []
     for i, channel in enumerate(channels):
         path = Path(channel.path) if channel.path else None
-        if path is None or path.suffix.lower() not in io.SUFFIXES or not path.is_file():
+        if path is None or not _holds(path, channel.data, colours=channel.colours):
             path = folder / f"{stem}_{i}.npy"
             buffer = buffers.BytesIO()
             np.save(buffer, np.asarray(channel.data), allow_pickle=False)
             io.atomic_write(path, buffer.getvalue(), overwrite=True)
         parts.append(_read(path) + ("[..., :3]" if channel.colours else ""))
     return parts[0] if len(parts) == 1 else f"np.stack([{', '.join(parts)}])"
+
+
+def _holds(path: Path, data: Any, *, colours: bool) -> bool:
+    """Return whether a file alone holds these very pixels."""
+    if path.suffix.lower() not in io.SUFFIXES or not path.is_file():
+        return False
+    try:
+        found = io.read_image(path)
+    except ImageFileError:
+        return False
+    if colours:
+        found = found[..., :3]
+    return found.shape == data.shape and np.array_equal(found, np.asarray(data))
 
 
 def _read(path: Path) -> str:
@@ -208,10 +222,10 @@ def _text(job: Job, images: list[str], notes: list[str], axis: int | None) -> st
         '    tifffile.imwrite(f"labels_{i}.tif", labels, compression="zlib")',
     ]
     source = "\n".join(lines)
-    for module, line in (
-        ("np.", "import numpy as np\n"),
-        (" imread(", "from skimage.io import imread\n"),
+    for used, line in (
+        (r"\bnp\.", "import numpy as np\n"),
+        (r"(?<![.\w])imread\(", "from skimage.io import imread\n"),
     ):
-        if module not in source:
+        if not re.search(used, source):
             source = source.replace(line, "")
     return source + "\n"

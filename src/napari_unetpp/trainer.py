@@ -68,6 +68,8 @@ class Trainer:
         self.score: float | None = None
         self.scores: dict[int, float] = {}
         self._averaged_from = 0
+        self._arrays: list[NDArray[np.float32]] = []
+        self._images: list[Tensor] = []
         self._fresh: PatchSampler | None = None
         self._fresh_until = 0
         self._rng = np.random.default_rng(seed)
@@ -90,8 +92,12 @@ class Trainer:
             seed=self._seed,
             fraction=self._config.held_out,
         )
+        there = {id(a): t for a, t in zip(self._arrays, self._images, strict=True)}
+        self._images = [
+            there[id(i)] if id(i) in there else torch.from_numpy(i).to(self._device)
+            for i in examples.images
+        ]
         self._arrays, self._training = examples.images, training
-        self._images = [torch.from_numpy(i).to(self._device) for i in examples.images]
         self._targets = [torch.from_numpy(t).to(self._device) for t in training]
         self._sampler = PatchSampler(training, self._config.patch, self._rng)
         self.painted = heldout.count(examples.targets, self._n_classes)
@@ -110,6 +116,7 @@ class Trainer:
             before = old.get(id(image))
             new = target if before is None else np.where(target != before, target, 0)
             fresh.append(new.astype(np.uint8))
+        self._fresh = None  # its image numbers are those of the old list
         if any(f.any() for f in fresh):
             self._fresh = PatchSampler(fresh, self._config.patch, self._rng)
             self._fresh_until = self.steps + _FRESH

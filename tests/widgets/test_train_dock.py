@@ -359,12 +359,16 @@ def test_a_model_is_saved_while_it_trains_and_loaded_again(
     assert dock.link.model is not None
 
 
-def test_a_kept_depth_is_the_smaller_network(open_dock: Any, tmp_path: Any) -> None:
+def test_a_kept_depth_is_the_smaller_network(
+    wait: Any, open_dock: Any, tmp_path: Any
+) -> None:
     dock = open_dock(Image(picture()), Labels(strokes()), network="UNet++")
     dock.link.model = api.create_model("unet++", width=8)
     path = str(tmp_path / "l2.safetensors")
     dock.files.save = lambda model: dock.files.write(model, path)
     dock.depths.keep.emit(2)
+    wait(lambda: (tmp_path / "l2.safetensors").exists())
+    wait(lambda: not dock.files._runner.busy)
     small = api.load_model(path)
     assert small.config.levels == 2
     np.testing.assert_array_equal(
@@ -855,3 +859,81 @@ def test_the_settings_of_the_dock_reach_the_core(open_dock: Any) -> None:
     assert (settings.network, settings.width, settings.seed) == ("unet++", 32, 7)
     assert settings.changes["patch"] == 32
     assert settings.changes["elastic_sigma"] == 0
+
+
+# --- what a review found --------------------------------------------------------------
+
+
+def test_going_on_while_all_is_being_labelled_waits_its_turn(
+    wait: Any, open_dock: Any
+) -> None:
+    stack = np.stack([picture()] * 40)
+    marks = np.zeros(stack.shape, np.uint8)
+    marks[0] = strokes()
+    dock = open_dock(Image(stack), Labels(marks))
+    dock.viewer.dims.set_current_step(0, 0)
+    wait(lambda: sum(dock.link.counts()[0]) > 0)
+    dock.train()
+    wait(lambda: dock.link.steps > 3)
+    dock.link.stop()
+    wait(lambda: dock.link.state == "showing")
+    before = dock.link.steps
+    dock.train()
+    wait(lambda: dock.link.state == "training" and dock.link.steps > before)
+    dock.pause()
+    dock.link.stop()  # from the pause: all is labelled with the last weights
+    wait(lambda: dock.link.state == "idle")
+    expected = api.predict(dock.link.model, stack, device="cpu")
+    np.testing.assert_array_equal(predictions(dock)[0].data, expected)
+    assert dock.link.steps > before
+
+
+def test_strokes_on_planes_out_of_sight_count(wait: Any, open_dock: Any) -> None:
+    stack = np.stack([picture()] * 8)
+    dock = open_dock(Image(stack), Labels(np.zeros(stack.shape, np.uint8)))
+    layer = dock.viewer.layers[-1]
+    layer.n_edit_dimensions, layer.brush_size = 3, 5
+    dock.viewer.dims.set_current_step(0, 4)
+    layer.paint((4, 30, 30), 1)
+    dock.viewer.dims.set_current_step(0, 0)  # away before the next look
+    wait(lambda: set(dock.link._links[0].strokes.planes) == {2, 3, 4, 5, 6})
+    layer.data[7, 3, 3] = 2  # behind napari's back
+    layer.refresh()
+    wait(lambda: 7 in dock.link._links[0].strokes.planes)
+
+
+def test_a_replaced_image_ends_the_run(wait: Any, open_dock: Any) -> None:
+    image = Image(picture(), name="image")
+    dock = open_dock(image, Labels(strokes()))
+    dock.train()
+    wait(lambda: is_shown(dock))
+    image.data = 255 - picture()
+    wait(lambda: "was replaced" in dock.coach.text())
+    wait(lambda: dock.link.state == "idle")
+    run_briefly(dock, wait)
+
+
+def test_a_renamed_class_is_saved_under_its_new_name(open_dock: Any) -> None:
+    dock = open_dock(Image(picture()), Labels(strokes()))
+    dock.link.model = api.create_model("unet", width=4)
+    dock.classes.set_names(("ground", "nucleus"))
+    dock._on_classes()
+    assert dock.link.named().classes == ("ground", "nucleus")
+    assert dock.link.model.classes == ("background", "foreground")
+
+
+def test_training_with_an_emptied_row_works(wait: Any, open_dock: Any) -> None:
+    first = Image(picture(), name="first")
+    dock = open_dock(first, Image(picture(), name="second"), Labels(strokes()))
+    dock.pairs._add.click()
+    dock.viewer.layers.remove("first")
+    dock.train()
+    wait(lambda: dock.link.state == "training")
+    dock.link.stop()
+    wait(lambda: dock.link.state == "idle")
+
+
+def test_odd_metadata_of_a_layer_do_no_harm(open_dock: Any) -> None:
+    for odd in (5, "abc", ["a"], ["a", "a"], [1, 2]):
+        dock = open_dock(Image(picture()), Labels(strokes(), metadata={"classes": odd}))
+        assert dock.classes.names() == ("background", "foreground")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ from napari.layers import Image
 from qtpy.QtCore import QSize, Qt, Signal
 from qtpy.QtWidgets import QLineEdit, QListWidget, QListWidgetItem, QWidget
 
+from ._layers import safe
 from .pairs import is_ours, plain
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class ImageList(QListWidget):
             item.setCheckState(Qt.CheckState.Unchecked)
             shape = tuple(layer.data[0].shape if layer.multiscale else layer.data.shape)
             tip = f"{plain(layer.name)}: {' x '.join(map(str, shape))} pixels"
-            item.setToolTip(html.escape(tip))
+            item.setToolTip(safe(tip))
             self.addItem(item)
         self.blockSignals(False)
         self._listen(images)
@@ -178,7 +178,7 @@ class PathEdit(QLineEdit):
         super().__init__(parent)
         self._last = ""
         self._tip = tip
-        self.setToolTip(html.escape(tip))
+        self.setToolTip(safe(tip))
         self.setAcceptDrops(True)
         self.editingFinished.connect(self._on_finished)
 
@@ -199,7 +199,7 @@ class PathEdit(QLineEdit):
 
     def _on_finished(self) -> None:
         text = self.text().strip()
-        self.setToolTip(html.escape(f"{self._tip} {text}"))
+        self.setToolTip(safe(f"{self._tip} {text}"))
         if text != self._last:
             self._last = text
             self.chosen.emit()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import itertools
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -86,8 +87,19 @@ def images_of(layers: Sequence[Image]) -> tuple[Any, int | None]:
         )
     import dask.array
 
-    stacked = dask.array.stack([dask.array.asarray(data) for data, _ in found])
-    return stacked, 0
+    lazy = [
+        # Without a name dask would hash every pixel.
+        data if hasattr(data, "dask") else dask.array.from_array(data, name=False)
+        for data, _ in found
+    ]
+    return dask.array.stack(lazy), 0
+
+
+def safe(text: str) -> str:
+    """Return text that Qt does not take for HTML, wherever it guesses."""
+    return text.replace("<", "\N{SINGLE LEFT-POINTING ANGLE QUOTATION MARK}").replace(
+        ">", "\N{SINGLE RIGHT-POINTING ANGLE QUOTATION MARK}"
+    )
 
 
 def spatial_shape(layers: Sequence[Image]) -> tuple[int, ...]:
@@ -242,8 +254,9 @@ class Strokes:
     """Copies of the painted planes of an annotation, taken on the GUI thread.
 
     A plane's copy stays the same object while its content does, so that the core sees
-    by identity what has changed. Undo, redo and direct writes emit no `paint`, only
-    `set_data`: then all planes that ever had strokes are compared.
+    by identity what has changed. `paint` tells which planes it touched. Undo, redo and
+    direct writes emit only `set_data`: then the plane on screen and those that ever had
+    strokes are compared at once, and all others little by little.
 
     Parameters
     ----------
@@ -254,10 +267,11 @@ class Strokes:
     def __init__(self, layer: Labels) -> None:
         self.layer = layer
         self.planes: dict[int, NDArray[np.uint8]] = {}
-        self.problem: str | None = None
+        self._problems: dict[int, str] = {}
+        self._shape: tuple[int, ...] = ()
         self._counts: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
         self._seen: set[int] = set()
-        self._painted = False
+        self._touched: set[int] = set()
         self._changed: float | None = 0.0
         self._unread: list[int] = []
         self._start_over()
@@ -272,19 +286,32 @@ class Strokes:
         self.layer.events.data.disconnect(self._start_over)
 
     def _start_over(self, *_: object) -> None:
+        if self.layer.data.shape != self._shape:
+            self.planes, self._counts, self._problems = {}, {}, {}
+            self._seen, self._touched = set(), set()
         self._shape = self.layer.data.shape
-        self._unread = list(range(int(np.prod(self._shape[:-2], dtype=np.int64))))
-        self._seen.clear()
+        self._planes = int(np.prod(self._shape[:-2], dtype=np.int64))
         self._changed = 0.0
 
-    def _on_paint(self, *_: object) -> None:
-        self._painted = True
-        self._changed = time.monotonic()
+    def _on_paint(self, event: Any) -> None:
+        for atom in event.value:
+            key = getattr(atom, "slice_key", None)
+            self._touched |= self._numbers(atom[0] if key is None else key)
+
+    def _numbers(self, key: Any) -> set[int]:
+        """Return the planes that an index reaches: slices, whole numbers or arrays."""
+        leading = self._shape[:-2]
+        parts = [
+            range(n)[k] if isinstance(k, slice) else np.unique(np.asarray(k))
+            for k, n in zip(key, leading, strict=False)
+        ]
+        places = itertools.product(*parts)
+        return {int(np.ravel_multi_index(p, leading)) if p else 0 for p in places}
 
     def _on_change(self, *_: object) -> None:
         self._changed = time.monotonic()
 
-    def refresh(self, current: int, *, budget: float = 0.02) -> bool:
+    def refresh(self, current: int, *, budget: float = 0.01) -> bool:
         """Copy what has changed; return whether anything has.
 
         Parameters
@@ -294,25 +321,16 @@ class Strokes:
         budget : float
             Seconds to spend on planes not read yet; the others follow next time.
         """
-        if tuple(self.layer.data.shape) != tuple(self._shape):
-            return False  # the dock tells that the shape no longer fits
-        changed = False
+        touched, self._touched = self._touched, set()
+        if self._changed is not None and time.monotonic() - self._changed >= _QUIET:
+            self._changed = None
+            touched |= {current, *self._seen}
+            self._unread = [n for n in range(self._planes) if n not in touched]
+        changed = [self._read(plane) for plane in touched]
         end = time.monotonic() + budget
-        while self._unread and (time.monotonic() < end):
-            changed |= self._read(self._unread.pop(0))
-        if self._changed is None or time.monotonic() - self._changed < (
-            0 if self._painted else _QUIET
-        ):
-            return changed
-        for plane in {current, *self._seen}:
-            changed |= self._read(plane)
-        self._changed, self._painted = None, False
-        return changed
-
-    @property
-    def complete(self) -> bool:
-        """Whether every plane has been looked at."""
-        return not self._unread
+        while self._unread and time.monotonic() < end:
+            changed.append(self._read(self._unread.pop()))
+        return any(changed)
 
     def _read(self, number: int) -> bool:
         leading = self._shape[:-2]
@@ -323,19 +341,25 @@ class Strokes:
             return False
         if not plane.any():
             self._counts.pop(number, None)
+            self._problems.pop(number, None)
             return self.planes.pop(number, None) is not None
         low, high = int(plane.min()), int(plane.max())
         if low < 0 or high > 255:
-            self.problem = (
+            self._problems[number] = (
                 f"The annotation must hold class numbers from 1 to 255, got {low} to "
                 f"{high}. Erase the others, or press New for a fresh annotation."
             )
             return False
-        self.problem = None
+        self._problems.pop(number, None)
         self._seen.add(number)
         self.planes[number] = plane.astype(np.uint8)  # always a copy
         self._counts[number] = _counts_of(self.planes[number])
         return True
+
+    @property
+    def problem(self) -> str | None:
+        """Why the annotation cannot be used, in words; None if it can."""
+        return next(iter(self._problems.values()), None)
 
     def counts(self, n_classes: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the painted pixels and the strokes of each class."""
@@ -352,7 +376,7 @@ class Strokes:
         )
 
 
-_COUNTED = 2**21  # pixels in which strokes are told apart; larger planes are thinned
+_COUNTED = 2**18  # pixels in which strokes are told apart; larger planes are thinned
 
 
 def _counts_of(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,6 +24,7 @@ from qtpy.QtWidgets import (
 )
 
 from ._image_list import ImageList, PathEdit
+from ._layers import safe
 from ._predict_run import default_out
 
 if TYPE_CHECKING:
@@ -241,7 +241,7 @@ class PredictForm(QWidget):
         default = self._default_out()
         self.out.setPlaceholderText(default.name if default else "folder of labels")
         self.out.setToolTip(
-            html.escape(
+            safe(
                 "The folder of the label TIFFs; it is made if missing."
                 + (f" Left empty: {default}" if default else "")
             )

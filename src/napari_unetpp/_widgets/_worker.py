@@ -150,6 +150,11 @@ def busy_with() -> str | None:
     return _active[0].title if _active else None
 
 
+def is_busy() -> bool:
+    """Whether a run has the thread that others do not wait for."""
+    return bool(_active) and not _active[0].short
+
+
 class Runner(QObject):
     """Runs one generator of the core in a thread and hands on what it yields.
 
@@ -201,7 +206,7 @@ class Runner(QObject):
         short : bool
             Whether others wait for it: it takes a few seconds at most.
         """
-        if self.busy or (_active and not _active[0].short):
+        if self.busy or is_busy():
             return False
         self.title, self.short = title, short
         self._run = _Run(make)
@@ -305,7 +310,8 @@ def get_ready(device: str, then: Callable[[str], None]) -> None:
 
     runner = Runner()
     runner.ended.connect(ended)
-    runner.start(make, title="getting ready", short=True)
+    if not runner.start(make, title="getting ready", short=True):
+        then("not known yet")
 
 
 def _log_warning(arguments: tuple[Any, ...]) -> None:

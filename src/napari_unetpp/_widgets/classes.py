@@ -62,6 +62,16 @@ def problem_of(name: str, others: Iterable[str]) -> str | None:
     return None
 
 
+def are_names(names: object) -> bool:
+    """Return whether these can be the names of all classes."""
+    if not isinstance(names, (list, tuple)) or not 2 <= len(names) <= 255:
+        return False
+    return all(
+        isinstance(n, str) and problem_of(n, names[:i]) is None
+        for i, n in enumerate(names)
+    )
+
+
 def shown(count: int) -> str:
     """Return a number of pixels in few characters."""
     return f"{count / 1e6:,.1f} M" if count >= 1e6 else f"{count:,}"
@@ -174,7 +184,7 @@ class ClassTable(QWidget):
         self._remove.setToolTip(
             "Remove the last class; it must have no painted pixels."
             if removable
-            else "Classes can be removed when no training runs."
+            else "Classes can be removed after Start over, while nothing is learned."
         )
 
     def _choose(self, value: int) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from qtpy.QtCore import QObject, QTimer, Signal
 
 from napari_unetpp._widgets import _layers
-from napari_unetpp._widgets._worker import Outcome, Runner, busy_with
+from napari_unetpp._widgets._worker import Outcome, Runner, busy_with, is_busy
 from napari_unetpp.messages import (
     Mailbox,
     Message,
@@ -87,6 +87,11 @@ class LiveLink(QObject):
         self._stale_view = True
         self.model: Any = None  # newest Model, never changed by a run
         self.steps = 0
+        self.ran: Settings | None = None  # what the model was trained with
+        self._before = 0  # steps of the runs before this one
+        self._next: Settings | None = None  # a training that waits for the labelling
+        self._kind = ""  # of the run: training or showing
+        self._held: list[tuple[Any, Any]] = []  # image layers and the data that is used
         self.classes: tuple[str, ...] = ()
         self.depth: int | None = None
         self.heads = "last"
@@ -131,11 +136,12 @@ class LiveLink(QObject):
 
     def _earlier(self, pair: Pair) -> Labels | None:
         """Return the prediction that an earlier run has made of the same image."""
-        key = [id(layer) for layer in pair.images]
+        key = _marks(pair)
         shape = _layers.spatial_shape(pair.images)
         for layer in self._viewer.layers:
             mark = layer.metadata.get(_layers.OURS) or {}
-            if mark.get("kind") == "prediction" and mark.get("images") == key:
+            own = mark.get("self") == str(layer.unique_id)  # no copy of ours
+            if own and mark.get("pair") == key:
                 if tuple(layer.data.shape) == shape:
                     return layer
         return None
@@ -155,18 +161,23 @@ class LiveLink(QObject):
 
     def train(self, settings: Settings) -> bool:
         """Start a training of the watched pairs, from the model if there is one."""
+        if self._runner.busy:  # the labelling after the last one gives way
+            self._next = settings
+            self.stop()
+            return True
         for link in self._links:
             link.given_up = False
             link.strokes.refresh(self._view(link).plane, budget=0.05)
-        self._training = True
-        return self._run(settings, "training")
+        if not self._run(settings, "training"):
+            return False
+        self.ran, self._before = settings, self.steps
+        return True
 
     def show_again(self) -> None:
         """Predict with the model as it is, after depth or maps have changed."""
         if self._runner.busy:
             self._post()
         elif self.model is not None and self._links:
-            self._training = False
             self._run(Settings(device=self.device), "showing")
 
     def pause(self) -> None:
@@ -189,7 +200,11 @@ class LiveLink(QObject):
 
     def forget(self) -> None:
         """Drop the model, so that the next training starts over."""
-        self.model, self.steps = None, 0
+        self.model, self.steps, self.ran = None, 0, None
+
+    def count(self, step: int) -> None:
+        """Take note of a step of the run."""
+        self.steps = self._before + step
 
     def close(self) -> None:
         """End everything; nothing is heard of this link any more."""
@@ -246,6 +261,20 @@ class LiveLink(QObject):
         name = self.classes[value - 1] if value <= len(self.classes) else str(value)
         return f"{done:,} pixels annotated as {name}. Ctrl+Z takes them back."
 
+    def named(self) -> Any:
+        """Return the model with the names that the table has now."""
+        if len(self.classes) != len(self.model.classes):
+            return self.model
+        return replace(self.model, classes=self.classes)
+
+    def recolour(self) -> None:
+        """Give the predictions colours for all classes."""
+        colours = _layers.colormap(len(self.classes), background=False)
+        for link in self._links:
+            layer = link.prediction
+            if layer is not None and layer.colormap.name != colours.name:
+                layer.colormap = colours
+
     def job(self, settings: Settings, start: str | None) -> dict[str, Any] | None:
         """Return what `script.Job` needs, None while nothing is chosen."""
         links = self._links
@@ -264,10 +293,10 @@ class LiveLink(QObject):
             "annotations": [dict(link.strokes.planes) for link in links],
             "shapes": [tuple(link.annotation.data.shape) for link in links],
             "classes": self.classes,
-            "network": settings.network,
-            "width": settings.width,
-            "settings": settings.changes,
-            "seed": settings.seed,
+            "network": (self.ran or settings).network,
+            "width": (self.ran or settings).width,
+            "settings": (self.ran or settings).changes,
+            "seed": (self.ran or settings).seed,
             "steps": self.steps,
             "start": start,
         }
@@ -275,7 +304,7 @@ class LiveLink(QObject):
     # --- the run -------------------------------------------------------------------
 
     def _run(self, settings: Settings, state: str) -> bool:
-        if busy_with() not in (None, "getting ready"):
+        if is_busy():
             self.trouble.emit(
                 f"Something else is running ({busy_with()}). Stop it, or wait for its "
                 "end, then try again."
@@ -287,6 +316,9 @@ class LiveLink(QObject):
             self.trouble.emit(str(error))
             return False
         images, axes = [f[0] for f in found], [f[1] for f in found]
+        layers = [layer for link in self._links for layer in link.pair.images]
+        self._held = [(layer, layer.data) for layer in layers]
+        self._training, self._kind = state == "training", state
         names = [link.pair.images[0].name[:64] for link in self._links]
         mailbox = self._mailbox = Mailbox(self._wishes())
         model = self.model
@@ -318,7 +350,8 @@ class LiveLink(QObject):
                 stop=stop,
             )
 
-        if not self._runner.start(make, title="training" if self._training else state):
+        title = "training" if self._training else "labelling all images"
+        if not self._runner.start(make, title=title):
             return False
         self._set(state)
         return True
@@ -365,6 +398,11 @@ class LiveLink(QObject):
             ours = [*link.layers, link.prediction]
             if active is not None and any(active == layer for layer in ours):
                 self._current = i
+        if self._runner.busy and any(a.data is not b for a, b in self._held):
+            self._break(
+                "An image was replaced, so the run has ended. Press Go on to use it."
+            )
+            return
         changed = False
         for link in self._links:
             problem = _layers.check_annotation(link.annotation, link.pair.images)
@@ -423,7 +461,7 @@ class LiveLink(QObject):
         if link.prediction is None:
             layer = _layers.prediction_layer(link.pair.images, len(self.classes))
             mark = layer.metadata[_layers.OURS]
-            mark["images"] = [id(layer) for layer in link.pair.images]
+            mark |= {"pair": _marks(link.pair), "self": str(layer.unique_id)}
             link.prediction = self._add(link, layer)
         if link.prediction.data[tile.slices].shape == tile.labels.shape:
             link.prediction.data[tile.slices] = tile.labels
@@ -469,15 +507,25 @@ class LiveLink(QObject):
 
     def _on_end(self, outcome: Outcome) -> None:
         was = self.state
+        self._held = []
+        if outcome.failure is not None:
+            self._next = None
         if outcome.result is not None:
             self.model = outcome.result
         self._mailbox = None
         self._set("idle")
         if outcome.failure is not None:
             self.trouble.emit(outcome.failure.message)
-        elif was == "stopping" and self._training:
-            self._training = False
+        elif self._next is not None:
+            settings, self._next = self._next, None
+            self.train(settings)
+        elif was == "stopping" and self._kind == "training":
             self.show_again()  # all of every image, with the final weights
+
+
+def _marks(pair: Pair) -> list[str]:
+    """Return what tells a pair's layers from all others, also after they are gone."""
+    return [str(layer.unique_id) for layer in (*pair.images, pair.annotation)]
 
 
 def _identity(pair: Pair) -> tuple[int, ...]:

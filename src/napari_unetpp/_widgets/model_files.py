@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,8 @@ from qtpy.QtCore import QObject, Signal
 from qtpy.QtGui import QGuiApplication
 from qtpy.QtWidgets import QFileDialog, QWidget
 
-from napari_unetpp._widgets._worker import Outcome, Runner
+from napari_unetpp._widgets._layers import safe
+from napari_unetpp._widgets._worker import Outcome, Runner, failure_of, is_busy
 from napari_unetpp.errors import UnetppError
 
 if TYPE_CHECKING:
@@ -72,13 +72,25 @@ class ModelFiles(QObject):
     def write(self, model: Any, path: str) -> None:
         """Write a model; the dialog has asked whether to replace this very file."""
         target = path if path.endswith(".safetensors") else path + ".safetensors"
-        try:
+
+        def work() -> str:
             model.save(target, overwrite=target == path)
-        except UnetppError as error:
-            self.trouble.emit(str(error))
+            return target
+
+        def then(_: str) -> None:
+            show_info(safe(f"Saved {Path(target).name}."))
+
+        if not is_busy():
+            self._work(work, then, "saving the model")
             return
-        self.trouble.emit("")
-        show_info(html.escape(f"Saved {Path(target).name}."))
+        # The thread trains; waiting for its end could lose the model.
+        try:
+            work()
+        except (UnetppError, RuntimeError, MemoryError, OSError) as error:
+            self.trouble.emit(failure_of(error).message)
+        else:
+            self.trouble.emit("")
+            then(target)
 
     def copy_script(self, job: dict[str, Any]) -> None:
         """Write the data of a `script.Job` and put the script on the clipboard."""
@@ -92,9 +104,7 @@ class ModelFiles(QObject):
 
         def then(text: str) -> None:
             QGuiApplication.clipboard().setText(text)
-            show_info(
-                html.escape(f"The script is on the clipboard; its data: {folder}")
-            )
+            show_info(safe(f"The script is on the clipboard; its data: {folder}"))
 
         self._work(work, then, "writing a script")
 
@@ -105,8 +115,9 @@ class ModelFiles(QObject):
             yield from ()
             return work()
 
-        self._then = then
-        if not self._runner.start(make, title=title, short=True):
+        if self._runner.start(make, title=title, short=True):
+            self._then = then
+        else:
             self.trouble.emit("A run is still busy. Stop it, or wait for its end.")
 
     def _on_end(self, outcome: Outcome) -> None:

@@ -146,6 +146,12 @@ class PairTable(QWidget):
                 other.annotation = None
         self._show()
 
+    def want_annotations(self) -> None:
+        """Ask for an annotation for every row that has an image and none yet."""
+        for i, row in enumerate(self._rows):
+            if row.images and row.annotation is None:
+                self.annotation_wanted.emit(i)
+
     def close_events(self) -> None:
         """Listen no more to the viewer."""
         for emitter in self._emitters():

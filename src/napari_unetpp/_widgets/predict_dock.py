@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ from qtpy.QtCore import QEvent, Qt, QTimer
 from qtpy.QtWidgets import QFrame, QScrollArea, QVBoxLayout, QWidget
 
 from ._image_list import dropped
-from ._layers import OURS, aligned, colormap, image_of
+from ._layers import OURS, aligned, colormap, image_of, safe
 from ._predict_form import NO_MODEL, PredictForm
 from ._predict_run import (
     Begun,
@@ -251,6 +250,7 @@ class PredictDock(QWidget):
         for other, old in self._made:  # one result over an image is seen at a time
             if other is image and old in self._viewer.layers:
                 old.visible = False
+        self._made = [m for m in self._made if m[1] in self._viewer.layers]
         self._made.append((image, layer))
         layers = self._viewer.layers
         selected, active = set(layers.selection), layers.selection.active
@@ -307,11 +307,11 @@ class PredictDock(QWidget):
             self._tell_failure(text)
         else:
             self.form.show_text(self.form.result, text)
-            show_info(html.escape(text))
+            show_info(safe(text))
 
     def _tell_failure(self, text: str) -> None:
         self.form.show_text(self.form.result, text)
-        show_error(html.escape(text[:400]))
+        show_error(safe(text[:400]))
 
     # --- Qt ----------------------------------------------------------------------
 

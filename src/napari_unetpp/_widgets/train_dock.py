@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from typing import TYPE_CHECKING, Any
 
 from napari.utils.notifications import show_error, show_info
@@ -10,6 +9,7 @@ from qtpy.QtCore import QEvent, QTimer
 
 from napari_unetpp._widgets import _layers, keys
 from napari_unetpp._widgets._worker import get_ready
+from napari_unetpp._widgets.classes import are_names
 from napari_unetpp._widgets.coach import advice
 from napari_unetpp._widgets.link import LiveLink, Settings
 from napari_unetpp._widgets.model_files import ModelFiles
@@ -72,7 +72,7 @@ class TrainDock(TrainFace):
         self.stop_button.clicked.connect(self.link.stop)
         self.over_button.clicked.connect(self.start_over)
         self.load_button.clicked.connect(self.files.load)
-        self.save_button.clicked.connect(lambda: self.files.save(self.link.model))
+        self.save_button.clicked.connect(lambda: self.files.save(self.link.named()))
         self.script_button.clicked.connect(self.copy_script)
         self.link.message.connect(self._on_message)
         self.link.counted.connect(self._on_counts)
@@ -107,8 +107,8 @@ class TrainDock(TrainFace):
     def _attach(self, annotation: Any, n_classes: int) -> None:
         """Give the annotation the colours of the classes; its pixels stay."""
         names = annotation.metadata.get("classes")
-        if names and self.classes.names() == self._first_names:
-            self.classes.set_names([str(name) for name in names])
+        if self.classes.names() == self._first_names and are_names(names):
+            self.classes.set_names(names)
             self.link.classes = self.classes.names()
         wanted = _layers.colormap(n_classes)
         if getattr(annotation.colormap, "name", None) != wanted.name:
@@ -127,9 +127,11 @@ class TrainDock(TrainFace):
 
     def _on_classes(self) -> None:
         self.link.classes = self.classes.names()
+        self._trouble = ""
         for pair in self.pairs.pairs():
             if pair.annotation is not None:
                 self._attach(pair.annotation, len(self.link.classes))
+        self.link.recolour()
         self._on_counts()
 
     def pick(self, value: int) -> None:
@@ -172,15 +174,14 @@ class TrainDock(TrainFace):
                 "File > Open Sample > napari-unetpp."
             )
             return
-        for row, pair in enumerate(pairs):
-            if pair.annotation is None:
-                self._new_annotation(row)
+        self.pairs.want_annotations()
         for pair in self.pairs.pairs():
             problem = _layers.check_annotation(pair.annotation, pair.images)
             if problem:
                 self._tell(problem)
                 return
-        self.link.watch(self.pairs.pairs())
+        if self.link.state == "idle":
+            self.link.watch(self.pairs.pairs())
         if self.link.model is None:
             self.plot.clear()
         self.depths.clear_costs()
@@ -251,7 +252,7 @@ class TrainDock(TrainFace):
             self.device.setText(f"Device: {message.device}")
         elif isinstance(message, Waiting):
             if message.reason != self._waiting:
-                self._waiting = message.reason
+                self._waiting, self._trouble = message.reason, ""
                 self._show_coach()
         elif isinstance(message, Snapshot):
             self.save_button.setEnabled(True)
@@ -270,15 +271,15 @@ class TrainDock(TrainFace):
 
     def _on_progress(self, message: Progress) -> None:
         last = message.last
-        self.link.steps = last.step
+        self.link.count(last.step)
         known = self._score is not None
         self._score = last.score
-        self.plot.add(last.step, last.loss, last.score)
+        self.plot.add(self.link.steps, last.loss, last.score)
         for depth, score in message.scores:
             self.depths.set_score(depth, score)
         held = _UNKNOWN if last.score is None else f"{last.score:.2f}"
         self.status.setText(
-            f"Step {last.step:,} · {message.rate:.1f} steps/s · "
+            f"Step {self.link.steps:,} · {message.rate:.1f} steps/s · "
             f"{_clock(last.seconds)} · held-out IoU {held}"
         )
         if known != (last.score is not None):
@@ -345,13 +346,13 @@ class TrainDock(TrainFace):
         self._trouble = text
         self._show_coach()
         if text:
-            show_error(html.escape(text))
+            show_error(_layers.safe(text))
 
     # --- correcting ------------------------------------------------------------------
 
     def accept(self, *, whole_class: bool = False) -> None:
         """Annotate the predicted region under the cursor, or its class in view."""
-        show_info(html.escape(self.link.accept(whole_class=whole_class)))
+        show_info(_layers.safe(self.link.accept(whole_class=whole_class)))
 
     def toggle_prediction(self) -> None:
         """Show or hide what is predicted."""
@@ -377,7 +378,7 @@ class TrainDock(TrainFace):
 
     def _keep(self, depth: int) -> None:
         if self.link.model is not None:
-            self.files.save(self.link.model.pruned(depth))
+            self.files.save(self.link.named().pruned(depth))
 
     def copy_script(self) -> None:
         """Put a script on the clipboard that trains the same."""

@@ -30,8 +30,11 @@ if TYPE_CHECKING:
     from napari_unetpp.train import Stop
 
 _FIRST = 0.6  # s of training before the first prediction
-_SHARE = 0.12  # of the time is prediction's, unless what it shows is urgent
+_SHARE = 0.12  # of the time since new weights are shown is prediction's, ...
+_HALF = 0.5  # ... and while what it shows is urgent
 _URGENT = 4.0  # s of training after new strokes in which the view is shown often
+_SOON = 0.5  # s of training after new strokes in which little is to be seen of them
+_STALE = 8.0  # s of training after which even a costly view gets newer weights
 _BEAT = 0.25  # s between two signs of life while there is nothing to do
 
 
@@ -95,6 +98,7 @@ def live_steps(
     axes = [None] * len(images) if channel_axes is None else list(channel_axes)
     scaling = model.preprocessing if model is not None else None
     book = ExampleBook(images, axes, names=names, preprocessing=scaling)
+    showing = not mailbox.latest().training
     session = _Session(
         book, model, network, config or TrainConfig(), seed, resolve_device(device)
     )
@@ -110,7 +114,7 @@ def live_steps(
                 "depth, close other programs, or choose the CPU."
             ) from None
         if session.idle:
-            if not wishes.training and session.untrained:
+            if showing and not wishes.training and session.untrained:
                 break
             mailbox.wait(_BEAT)
             yield session.waiting
@@ -172,14 +176,22 @@ class _Session:
         self._device = device
         self._trainer: Trainer | None = None
         self._examples: Examples | None = None
-        self._seen: list[dict[int, int]] = []
-        self._classes: tuple[str, ...] = ()
+        self._seen: Strokes = ()
+        self._behind = False  # strokes came while something was missing
+        self._told: tuple[str, ...] = ()  # the classes that were looked at last
+        self._classes: tuple[str, ...] = ()  # those that are learned
         self._history: list[TrainStep] = []
         self._clock = _Clock()
         self._preview: Preview | None = None
         self._unpriced: list[int] = []
         self.waiting = Waiting("")
         self.idle = False
+        channels = book.sources[0].channels
+        if model is not None and channels != model.config.in_channels:
+            raise ValueError(
+                f"This model takes {model.config.in_channels} channel(s), the image "
+                f"has {channels}. Choose another image, or another model."
+            )
 
     @property
     def untrained(self) -> bool:
@@ -204,10 +216,11 @@ class _Session:
 
     def _take(self, wishes: Wishes) -> Iterator[Message]:
         """Take over strokes and classes where they have changed."""
-        seen = [{n: id(p) for n, p in planes.items()} for planes in wishes.strokes]
-        same_strokes = seen == self._seen
-        if same_strokes and wishes.classes == self._classes:
+        same = _same(wishes.strokes, self._seen)
+        if same and wishes.classes == self._told:
             return
+        if len(wishes.classes) == len(self._classes):
+            self._classes = check_classes(wishes.classes)  # a new name is no new class
         if not wishes.training:
             return  # taken over when it goes on
         classes = check_classes(wishes.classes)
@@ -216,14 +229,16 @@ class _Session:
             self.waiting = Waiting(reason)
             yield self.waiting
         if not reason:
-            yield from self._learn(wishes.strokes, classes, same_strokes)
-        self._seen, self._classes = seen, classes
+            yield from self._learn(wishes.strokes, classes, same)
+            self._classes = classes
+        self._behind = bool(reason)
+        self._seen, self._told = wishes.strokes, classes
 
     def _learn(
         self, strokes: Strokes, classes: tuple[str, ...], same: bool
     ) -> Iterator[Message]:
         if self._trainer is not None and len(classes) == len(self._classes):
-            if not same:
+            if not same or self._behind:
                 self._examples = self._book.read(strokes)
                 self._trainer.learn_from(self._examples)
                 self._clock.urgent()
@@ -287,9 +302,11 @@ class _Session:
         preview = self._preview
         if preview is None:
             return self._clock.trained >= _FIRST
-        if preview.outdated(wishes) or not preview.done_in(wishes.view):
+        if preview.outdated(wishes) or self._clock.overtaken:
             return True
-        if self._clock.due(preview.view_seconds):
+        if not preview.done_in(wishes.view):
+            return self._clock.share < (_HALF if self._clock.is_urgent else _SHARE)
+        if self._clock.due(preview.cost(wishes.view)):
             return True
         more = bool(self._unpriced) or not preview.complete
         return more and self._clock.share < _SHARE
@@ -300,6 +317,7 @@ class _Session:
         return (
             preview is None
             or preview.step != len(self._history)
+            or preview.fast
             or preview.outdated(wishes)
             or bool(self._unpriced)
             or not preview.complete
@@ -310,12 +328,20 @@ class _Session:
         with self._clock.predicting():
             preview = self._preview
             if training:
-                new = preview is None or (
-                    preview.done_in(wishes.view)
-                    and self._clock.due(preview.view_seconds)
+                new = (
+                    preview is None
+                    or self._clock.overtaken
+                    or (
+                        preview.done_in(wishes.view)
+                        and self._clock.due(preview.cost(wishes.view))
+                    )
                 )
             else:
-                new = preview is None or preview.step != len(self._history)
+                new = (
+                    preview is None
+                    or preview.fast
+                    or preview.step != len(self._history)
+                )
             if new:
                 model = self.result()
             elif preview is not None and preview.outdated(wishes):
@@ -328,8 +354,9 @@ class _Session:
                     model,
                     wishes,
                     self._device,
-                    len(self._history),
+                    len(self._history) if new or preview is None else preview.step,
                     preview,
+                    fast=training,
                 )
                 if self._trainer is None and not self._unpriced:
                     yield self._started(model)
@@ -346,7 +373,7 @@ class _Session:
             return
         job = preview.next_job(wishes.view)
         if job is not None:
-            yield preview.predict(job, wishes.view)
+            yield preview.predict(job)
             yield preview.coverage(wishes.view)
 
 
@@ -355,7 +382,7 @@ class _Clock:
 
     def __init__(self) -> None:
         self._train = self._predict = 0.0
-        self._urgent_from = self._shown_at = 0.0
+        self._urgent_from = self._shown_at = self._spent = 0.0
         self._recent: deque[float] = deque(maxlen=30)
 
     @contextmanager
@@ -369,7 +396,9 @@ class _Clock:
     def predicting(self) -> Iterator[None]:
         began = time.perf_counter()
         yield
-        self._predict += time.perf_counter() - began
+        spent = time.perf_counter() - began
+        self._predict += spent
+        self._spent += spent
 
     @property
     def trained(self) -> float:
@@ -383,8 +412,14 @@ class _Clock:
 
     @property
     def share(self) -> float:
-        """Part of the time that went into predictions."""
-        return self._predict / max(self.seconds, 1e-9)
+        """Part of the time since new weights are shown that predictions took."""
+        trained = self._train - self._shown_at
+        return self._spent / max(self._spent + trained, 1e-9)
+
+    @property
+    def is_urgent(self) -> bool:
+        """Whether something has changed that the user waits to see."""
+        return self._train - self._urgent_from < _URGENT
 
     @property
     def rate(self) -> float:
@@ -393,20 +428,26 @@ class _Clock:
             return 0.0
         return (len(self._recent) - 1) / (self._recent[-1] - self._recent[0])
 
+    @property
+    def overtaken(self) -> bool:
+        """Whether what is shown does not know the newest strokes, though it could."""
+        learned = self._train - self._urgent_from
+        return self._shown_at < self._urgent_from and learned >= _SOON
+
     def urgent(self) -> None:
         """Note that something has changed that the user waits to see."""
         self._urgent_from = self._train
 
     def shown(self) -> None:
         """Note that new weights are being shown."""
-        self._shown_at = self._train
+        self._shown_at, self._spent = self._train, 0.0
 
     def due(self, cost: float) -> bool:
         """Return whether newer weights should be shown, at a cost in seconds."""
         since = self._train - self._shown_at
-        if self._train - self._urgent_from < _URGENT:
-            return since >= max(0.35, cost)
-        return since >= max(1.0, cost / _SHARE)
+        if self.is_urgent:
+            return since >= min(1.5, max(0.35, cost))
+        return since >= min(_STALE, max(1.0, cost / _SHARE))
 
 
 def missing(strokes: Strokes, classes: tuple[str, ...], *, fresh: bool) -> str:
@@ -433,6 +474,14 @@ def missing(strokes: Strokes, classes: tuple[str, ...], *, fresh: bool) -> str:
     if bare and (fresh or len(classes) - len(bare) < 2):
         return f"Paint some {_listed(bare)}: nothing of it is painted yet."
     return ""
+
+
+def _same(new: Strokes, old: Strokes) -> bool:
+    """Return whether these are the very same planes."""
+    return len(new) == len(old) and all(
+        a.keys() == b.keys() and all(a[n] is b[n] for n in a)
+        for a, b in zip(new, old, strict=True)
+    )
 
 
 def _listed(names: Sequence[str]) -> str:
