@@ -33,7 +33,7 @@ def annotate_and_train(folder: Path) -> Path:
     dock.link.stop()
     event_loop(condition=lambda: dock.link.state == "idle")
     path = Path(tempfile.mkdtemp()) / "glands.safetensors"
-    dock.files.write(dock.link.model, str(path))
+    dock.link.model.save(path)
     viewer.close()
     event_loop(0.5)
     return path
