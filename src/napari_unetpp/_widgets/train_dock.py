@@ -253,6 +253,8 @@ class TrainDock(TrainFace):
         elif isinstance(message, Waiting):
             if message.reason != self._waiting:
                 self._waiting, self._trouble = message.reason, ""
+                if message.reason:
+                    self.status.setText("Waiting for strokes")
                 self._show_coach()
         elif isinstance(message, Snapshot):
             self.save_button.setEnabled(True)

@@ -308,8 +308,9 @@ class _Session:
             return self._clock.share < (_HALF if self._clock.is_urgent else _SHARE)
         if self._clock.due(preview.cost(wishes.view)):
             return True
-        more = bool(self._unpriced) or not preview.complete
-        return more and self._clock.share < _SHARE
+        if self._unpriced and not self._clock.is_urgent:
+            return True  # once for each depth
+        return not preview.complete and self._clock.share < _SHARE
 
     def _has_more(self, wishes: Wishes) -> bool:
         """Return whether there is something to predict while nothing is trained."""
