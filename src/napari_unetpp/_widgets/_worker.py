@@ -7,6 +7,7 @@ import logging
 import threading
 import traceback
 from collections.abc import Callable, Generator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -305,7 +306,9 @@ def get_ready(device: str, then: Callable[[str], None]) -> None:
     def ended(outcome: Outcome) -> None:
         if outcome.failure is None and outcome.result is not None:
             _warm[device] = outcome.result
-        then(_warm.get(device, "not known yet"))
+        # A viewer that was closed meanwhile has deleted its dock's labels.
+        with suppress(RuntimeError):
+            then(_warm.get(device, "not known yet"))
         runner.deleteLater()
 
     runner = Runner()
