@@ -34,17 +34,18 @@ TABLE = {
     "augment": "",
     "sampling": "config errors",
     "evaluate": "errors",
-    "heldout": "evaluate errors",
+    "heldout": "errors",
+    "score": "augment heldout networks",
     "modelfile": "io config errors",
     "model": "modelfile networks preprocess io config errors",
     "examples": "preprocess config errors",
     "checkpoint": "modelfile io config errors",
-    "trainer": "model losses augment sampling heldout evaluate examples device config"
+    "trainer": "model losses augment sampling heldout score examples device config"
     " errors",
     "train": "trainer model networks checkpoint examples preprocess device config"
     " errors",
     "predict": "model networks preprocess device config errors",
-    "messages": "model",  # for its types alone: it is free of torch
+    "messages": "model score",  # for its types alone: it is free of torch
     "live": "+train +predict trainer messages heldout",
     "script": "io errors",
     "samples": "errors",

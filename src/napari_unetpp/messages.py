@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from napari_unetpp.model import Model, TrainStep
+    from napari_unetpp.score import Score
 
 Strokes = tuple[Mapping[int, "NDArray[np.uint8]"], ...]
 
@@ -120,11 +121,14 @@ class Progress:
         Steps per second of late, with the predictions in between.
     scores : tuple of (int, float)
         Held-out mean IoU by depth, as far as known.
+    estimates : tuple of (int, Score)
+        The same with its interval and the values of the classes.
     """
 
     last: TrainStep
     rate: float
     scores: tuple[tuple[int, float], ...] = ()
+    estimates: tuple[tuple[int, Score], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

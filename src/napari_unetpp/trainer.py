@@ -13,8 +13,9 @@ import torch
 from napari_unetpp import __version__, augment, heldout, losses
 from napari_unetpp.device import autocast
 from napari_unetpp.errors import TrainingError
-from napari_unetpp.evaluate import evaluate
+from napari_unetpp.heldout import HeldOut
 from napari_unetpp.sampling import Draw, PatchSampler
+from napari_unetpp.score import Score, Scorer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -26,8 +27,7 @@ if TYPE_CHECKING:
     from napari_unetpp.examples import Examples
     from napari_unetpp.model import Model, TrainStep
 
-_SCORE_EVERY = 50  # steps; the crops that are scored cost about as much as two steps
-_SCORE_CROPS = 16
+_SCORE_EVERY = 50  # steps; a score of a UNet++ takes as long as about five
 _RAMP = 50  # steps in which the energy between strokes reaches its weight
 _FRESH = 40  # steps in which half of each batch comes from what was painted last
 _RECALL = 10  # steps that the averaged weights remember when new strokes arrive
@@ -45,9 +45,21 @@ class Trainer:
     config : TrainConfig
         How.
     seed : int
-        Of sampling, augmentation and the held-out positions.
+        Of sampling, augmentation and, at a model's first training, of what is held out.
     device : torch.device
         Where it computes.
+
+    Attributes
+    ----------
+    held_out : HeldOut
+        What never trains: the model's own, or chosen now and frozen.
+    estimates : dict of int to Score
+        The newest score at each depth; empty while there are too few strokes.
+
+    Raises
+    ------
+    ValueError
+        If a class has strokes only where they are held out.
     """
 
     def __init__(
@@ -65,8 +77,14 @@ class Trainer:
         self._device = device
         self._n_classes = len(model.classes)
         self.steps = 0
-        self.score: float | None = None
-        self.scores: dict[int, float] = {}
+        self.estimates: dict[int, Score] = {}
+        self.held_out = HeldOut.of(model.provenance) or heldout.choose(
+            examples.targets,
+            examples.numbers,
+            self._n_classes,
+            seed=seed,
+            fraction=config.held_out,
+        )
         self._averaged_from = 0
         self._arrays: list[NDArray[np.float32]] = []
         self._images: list[Tensor] = []
@@ -84,14 +102,28 @@ class Trainer:
         self._optimizer = self._make_optimizer()
         self._frequency = np.zeros(self._n_classes)
 
+    @property
+    def scores(self) -> dict[int, float]:
+        """Mean IoU at each depth, when it was last measured."""
+        return {depth: score.mean for depth, score in self.estimates.items()}
+
+    @property
+    def score(self) -> float | None:
+        """The same of the deepest head; None while there are too few strokes."""
+        return self.scores.get(self._shown.depths[-1])
+
     def _read(self, examples: Examples) -> None:
-        training, scoring = heldout.split(
-            examples.targets,
-            examples.numbers,
-            self._n_classes,
-            seed=self._seed,
-            fraction=self._config.held_out,
-        )
+        targets, numbers = examples.targets, examples.numbers
+        starved = self.held_out.starved(targets, numbers, self._n_classes)
+        if starved:
+            raise ValueError(
+                "`annotations` must have strokes of every class where something is "
+                "learned, but those of "
+                f"{', '.join(self._start.classes[i] for i in starved)} lie only in "
+                "places that are kept for the score. Paint one more stroke of it "
+                "somewhere else."
+            )
+        training, scoring = self.held_out.split(targets, numbers)
         there = {id(a): t for a, t in zip(self._arrays, self._images, strict=True)}
         self._images = [
             there[id(i)] if id(i) in there else torch.from_numpy(i).to(self._device)
@@ -100,8 +132,15 @@ class Trainer:
         self._arrays, self._training = examples.images, training
         self._targets = [torch.from_numpy(t).to(self._device) for t in training]
         self._sampler = PatchSampler(training, self._config.patch, self._rng)
-        self.painted = heldout.count(examples.targets, self._n_classes)
-        self._scored = self._scored_crops(scoring)
+        self.painted = heldout.count(training, self._n_classes)
+        self._scorer = Scorer(
+            self._images,
+            scoring,
+            heldout.count(targets, self._n_classes) > 0,
+            side=self._score_side(),
+            margin=self._start.network.margin,
+            seed=self._seed,
+        )
 
     def learn_from(self, examples: Examples) -> None:
         """Go on with other annotations, and look at what is new in them first.
@@ -121,25 +160,6 @@ class Trainer:
             self._fresh = PatchSampler(fresh, self._config.patch, self._rng)
             self._fresh_until = self.steps + _FRESH
         self._averaged_from = max(self._averaged_from, self.steps - _RECALL)
-
-    def _scored_crops(
-        self, scoring: list[NDArray[np.uint8]]
-    ) -> list[tuple[Tensor, NDArray[np.uint8]]]:
-        """Cut the crops whose held-out pixels give the score."""
-        if not any(s.any() for s in scoring):
-            return []
-        rng = np.random.default_rng(self._seed)
-        draw = PatchSampler(scoring, 16, rng).draw(_SCORE_CROPS)
-        windows, truths = augment.cut_windows(
-            self._images,
-            [torch.from_numpy(s).to(self._device) for s in scoring],
-            draw.image.tolist(),
-            draw.centres.tolist(),
-            self._score_side(),
-        )
-        return [
-            (w[None], t.cpu().numpy()) for w, t in zip(windows, truths, strict=True)
-        ]
 
     def _score_side(self) -> int:
         network = self._start.network
@@ -229,9 +249,9 @@ class Trainer:
                 f"The loss must stay finite, got {whole} at step {self.steps}. Start "
                 "over with a smaller `learning_rate`."
             )
-        if self._scored and self.steps % _SCORE_EVERY == 0:
-            self.scores = self._measure_scores()
-            self.score = self.scores[self._shown.depths[-1]]
+        if self.steps % _SCORE_EVERY == 0:
+            with autocast(self._device, self._config.mixed_precision):
+                self.estimates = self._scorer.measure(self._shown, self._prior())
         return value
 
     def _depth(self) -> int:
@@ -306,27 +326,6 @@ class Trainer:
         ):
             mine.copy_(theirs)
 
-    @torch.inference_mode()
-    def _measure_scores(self) -> dict[int, float]:
-        """Return the mean IoU on held-out pixels at every depth."""
-        self._shown.eval()
-        margin = self._shown.margin
-        truths: list[NDArray[np.uint8]] = []
-        labels: dict[int, list[NDArray[np.int64]]] = {d: [] for d in self._shown.depths}
-        for window, truth in self._scored:
-            rows, columns = (slice(margin, n - margin) for n in truth.shape)
-            inner = truth[rows, columns]
-            truths.append(inner[inner > 0])
-            with autocast(self._device, self._config.mixed_precision):
-                heads = self._shown(window)
-            for found, logits in zip(labels.values(), heads, strict=True):
-                found.append((logits[0].argmax(0) + 1).cpu().numpy()[inner > 0])
-        whole = np.concatenate(truths)
-        return {
-            depth: float(evaluate(np.concatenate(found), whole).mean_iou)
-            for depth, found in labels.items()
-        }
-
     def model(self, history: Sequence[TrainStep] = ()) -> Model:
         """Return the model as it stands, its own copy on the CPU."""
         model = self._start.copy()
@@ -350,6 +349,7 @@ class Trainer:
             "threads": torch.get_num_threads(),
             "seed": self._seed,
             "steps": self.steps,
+            "held_out": self.held_out.to_dict(),
             "held_out_score": self.score,
             "settings": self._config.to_dict(),
             "data": examples.fingerprints[:64],

@@ -13,7 +13,7 @@ from napari_unetpp.config import TrainConfig
 from napari_unetpp.device import describe, is_out_of_memory, resolve_device
 from napari_unetpp.errors import DeviceMemoryError
 from napari_unetpp.examples import ExampleBook, Examples
-from napari_unetpp.heldout import count
+from napari_unetpp.heldout import HeldOut, count
 from napari_unetpp.live.preview import Preview
 from napari_unetpp.messages import Message, Progress, Snapshot, Started, Waiting
 from napari_unetpp.model import Model, TrainStep, check_classes
@@ -224,7 +224,12 @@ class _Session:
         if not wishes.training:
             return  # taken over when it goes on
         classes = check_classes(wishes.classes)
-        reason = missing(wishes.strokes, classes, fresh=self._base is None)
+        reason = missing(
+            wishes.strokes,
+            classes,
+            fresh=self._base is None,
+            held_out=self._held_out(),
+        )
         if reason != self.waiting.reason:
             self.waiting = Waiting(reason)
             yield self.waiting
@@ -233,6 +238,11 @@ class _Session:
             self._classes = classes
         self._behind = bool(reason)
         self._seen, self._told = wishes.strokes, classes
+
+    def _held_out(self) -> HeldOut | None:
+        if self._trainer is not None:
+            return self._trainer.held_out
+        return None if self._base is None else HeldOut.of(self._base.provenance)
 
     def _learn(
         self, strokes: Strokes, classes: tuple[str, ...], same: bool
@@ -283,8 +293,9 @@ class _Session:
                 len(self._history) + 1, loss, self._clock.seconds, self._trainer.score
             )
         )
-        scores = tuple(self._trainer.scores.items())
-        return Progress(self._history[-1], self._clock.rate, scores)
+        estimates = tuple(self._trainer.estimates.items())
+        scores = tuple((depth, score.mean) for depth, score in estimates)
+        return Progress(self._history[-1], self._clock.rate, scores, estimates)
 
     def result(self) -> Model | None:
         """Return the model as it stands."""
@@ -451,7 +462,13 @@ class _Clock:
         return since >= min(_STALE, max(1.0, cost / _SHARE))
 
 
-def missing(strokes: Strokes, classes: tuple[str, ...], *, fresh: bool) -> str:
+def missing(
+    strokes: Strokes,
+    classes: tuple[str, ...],
+    *,
+    fresh: bool,
+    held_out: HeldOut | None = None,
+) -> str:
     """Return what must be painted before anything can be learned, in words; or "".
 
     Parameters
@@ -460,6 +477,8 @@ def missing(strokes: Strokes, classes: tuple[str, ...], *, fresh: bool) -> str:
         As in `Wishes`.
     fresh : bool
         Whether the network knows nothing yet; one that does needs any two classes.
+    held_out : HeldOut or None, optional
+        What never trains, once that is decided.
     """
     planes = [plane for image in strokes for plane in image.values()]
     pixels = count(planes, 255)
@@ -474,6 +493,13 @@ def missing(strokes: Strokes, classes: tuple[str, ...], *, fresh: bool) -> str:
         return "Paint a few strokes of each class on the image."
     if bare and (fresh or len(classes) - len(bare) < 2):
         return f"Paint some {_listed(bare)}: nothing of it is painted yet."
+    numbers = [number for image in strokes for number in image]
+    starved = held_out.starved(planes, numbers, len(classes)) if held_out else []
+    if starved:
+        return (
+            f"Class {_listed([classes[i] for i in starved])} has strokes only in "
+            "places that are kept for the score: paint one more stroke somewhere else."
+        )
     return ""
 
 
