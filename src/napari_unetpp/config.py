@@ -269,7 +269,8 @@ class TrainConfig(Settings):
         Exponential moving average of the weights over the last 1/(1 + averaging) of
         the steps; 0 shows the raw weights.
     held_out : float
-        Share of the positions whose strokes only score and never train.
+        Share of the positions whose strokes only score and never train, ever: it is
+        decided at a model's first training and stays with the model.
     flip, right_angles : bool
         Mirror, and turn by multiples of 90 degrees.
     rotation, scale : float
@@ -302,7 +303,7 @@ class TrainConfig(Settings):
     balance: float = 1.0
     prior: float = 0.5
     averaging: float = 6.0
-    held_out: float = 0.1
+    held_out: float = 0.15
     flip: bool = True
     right_angles: bool = True
     rotation: float = 23.0

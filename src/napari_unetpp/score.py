@@ -27,7 +27,7 @@ _HELD = 10  # windows with held-out pixels (two per class if those are more)
 _WHOLE = 6  # windows anywhere in the annotated images
 _CELL = 4  # px; side of the cells in which borders are blurred
 _BORDER = 3.0  # px; how far strokes leave open where a border lies
-_BEYOND = 0.09  # standard deviation of what neither strokes nor windows can tell
+_BEYOND = 0.1  # standard deviation of what neither strokes nor windows can tell
 _TEMPERATURES = np.geomspace(1, 8, 13)
 _REPLICATES = 200
 
@@ -65,14 +65,17 @@ class Counts(NamedTuple):
     ----------
     pixels : ndarray of shape (B, K)
         Held-out pixels by block and true class.
-    losses : ndarray of shape (B, K, T)
-        Their summed cross-entropy.
+    right : ndarray of shape (B, K)
+        Those of them whose label is right.
+    sure : ndarray of shape (B, K, T)
+        Sum over them of the label's probability.
     tables : ndarray of shape (W, T, K, K)
         Expected confusion of each window: rows the truth, columns the labels.
     """
 
     pixels: NDArray[np.float64]
-    losses: NDArray[np.float64]
+    right: NDArray[np.float64]
+    sure: NDArray[np.float64]
     tables: NDArray[np.float64]
 
 
@@ -96,10 +99,12 @@ def estimate(counts: Counts, painted: NDArray[np.bool_], *, seed: int) -> Score:
     -----
     IoU on painted pixels alone is far too high: strokes have other shares of the
     classes than images, and keep away from borders. So the held-out pixels tell how
-    far the network's probabilities can be believed, as the temperature that they fit
-    best [1]_ (never below 1: easy pixels cannot prove a network too modest), and the
-    probabilities over whole windows, blurred by the few pixels within which strokes
-    leave a border open, tell the IoU that is to be expected.
+    far the network's probabilities can be believed: as the temperature [1]_ at which
+    it is as sure of them as it is right, each class weighing the same (never below 1:
+    easy pixels cannot prove a network too modest). The probabilities over whole
+    windows, blurred by the few pixels within which strokes leave a border open, tell
+    the IoU that is to be expected. Where no temperature makes a network modest enough,
+    its hits are scaled down to how often it was right.
 
     The interval is a bootstrap over held-out blocks and over windows, to which the
     spread of the errors is added that this estimate showed where the truth is known
@@ -140,14 +145,20 @@ def _ious(
     of_windows: NDArray[np.float64],
 ) -> NDArray[np.float64]:
     """Return the IoU of each class, (R, K), for R sets of weights."""
-    n = of_blocks @ counts.pixels
-    losses = np.einsum("rb,bkt->rkt", of_blocks, counts.losses)
     # Each class weighs the same; one that no drawn block holds weighs nothing.
-    loss = (losses / np.maximum(n, 1)[:, :, None]).sum(1)
-    best = loss.argmin(1)
-    tables = np.einsum("rw,wrij->rij", of_windows, counts.tables[:, best])
-    hits = np.diagonal(tables, axis1=1, axis2=2)
-    union = tables.sum(1) + tables.sum(2) - hits
+    weight = 1 / np.maximum(of_blocks @ counts.pixels, 1)
+    right = ((of_blocks @ counts.right) * weight).sum(1)
+    sure = np.einsum("rb,bkt,rk->rt", of_blocks, counts.sure, weight)
+    modest = sure <= right[:, None] + 1e-9
+    best = np.where(modest.any(1), modest.argmax(1), -1)
+    kept = np.minimum(1, right / np.maximum(sure[np.arange(len(best)), best], 1e-9))
+    of_class = np.diagonal(counts.tables, axis1=2, axis2=3)  # (W, T, K)
+    both = counts.tables.sum(2) + counts.tables.sum(3)
+    hits, total = (
+        np.einsum("rw,wrk->rk", of_windows, each[:, best]) for each in (of_class, both)
+    )
+    hits = hits * kept[:, None]
+    union = total - hits
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(painted & (union > 0), hits / union, np.nan)
 
@@ -285,6 +296,7 @@ class Scorer:
         found = {
             depth: Counts(
                 np.zeros((self._blocks, k)),
+                np.zeros((self._blocks, k)),
                 np.zeros((self._blocks, k, t)),
                 np.zeros((_WHOLE, t, k, k)),
             )
@@ -294,9 +306,11 @@ class Scorer:
             heads = self._logits(network, prior, window.image, window.centre)
             for counts, logits in zip(found.values(), heads, strict=True):
                 there = window.block, window.truth
-                loss = _losses(logits[:, window.rows, window.columns], window.truth)
-                np.add.at(counts.losses, there, loss)
+                held = logits[:, window.rows, window.columns]
+                right, sure = _beliefs(held, window.truth)
                 np.add.at(counts.pixels, there, 1)
+                np.add.at(counts.right, there, right)
+                np.add.at(counts.sure, there, sure)
         for n, (image, centre) in enumerate(self._places):
             heads = self._logits(network, prior, image, centre)
             inside = self._inside(image, centre, heads[0])
@@ -333,12 +347,13 @@ class Scorer:
         return (rows[:, None] & columns[None, :]).to(logits)
 
 
-def _losses(logits: Tensor, truth: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return the cross-entropy of pixels (K, N) at each temperature, (N, T)."""
-    scaled = logits / _column(logits)[:, None, None]
-    right = scaled[:, torch.from_numpy(truth), torch.arange(len(truth))]
-    loss = torch.logsumexp(scaled, 1) - right
-    return loss.T.cpu().numpy().astype(float)
+def _beliefs(
+    logits: Tensor, truth: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return whether each label of (K, N) is right, and its probability, (N, T)."""
+    right = logits.argmax(0).cpu().numpy() == truth
+    sure = torch.softmax(logits / _column(logits)[:, None, None], 1).amax(1)
+    return right.astype(float), sure.T.cpu().numpy().astype(float)
 
 
 def _table(logits: Tensor, inside: Tensor) -> NDArray[np.float64]:
