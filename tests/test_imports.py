@@ -35,7 +35,7 @@ TABLE = {
     "sampling": "config errors",
     "evaluate": "errors",
     "heldout": "errors",
-    "score": "augment heldout networks",
+    "score": "augment heldout device networks",
     "modelfile": "io config errors",
     "model": "modelfile networks preprocess io config errors",
     "examples": "preprocess config errors",

@@ -61,6 +61,10 @@ def test_the_iou_is_that_of_the_expected_confusion() -> None:
     assert score.low == pytest.approx(0.625 - LEAST)
     assert score.high == pytest.approx(0.625 + LEAST)
     assert str(score) == f"0.62 ± {LEAST:.2f}"
+    assert score.words(["sky", "cell"]) == (
+        "0.46 to 0.79 (90 %): estimated IoU on the whole images, from 160 painted "
+        "pixels that training never saw. sky 0.75, cell 0.50."
+    )
 
 
 def test_held_out_pixels_tell_how_far_the_network_is_believed() -> None:

@@ -15,11 +15,9 @@ from napari_unetpp import losses
 from napari_unetpp import train as room
 from napari_unetpp import trainer as trainer_room
 from napari_unetpp.config import NETWORKS, NetConfig, TrainConfig, working_config
-from napari_unetpp.device import autocast
 from napari_unetpp.errors import DeviceMemoryError, TrainingError
 from napari_unetpp.evaluate import evaluate
 from napari_unetpp.examples import read_examples
-from napari_unetpp.heldout import held_out_mask
 from napari_unetpp.model import Model, TrainStep, create_model, load_model
 from napari_unetpp.networks import build_network
 from napari_unetpp.predict import predict, predict_proba
@@ -511,7 +509,7 @@ def test_only_annotated_pixels_that_are_not_held_out_enter_the_loss(
         create_model(config), examples, QUICK.replaced(**exact(held_out=held_out)),
         seed=3, device=CPU,
     )  # fmt: skip
-    mask = held_out_mask(paint.shape, seed=3, fraction=held_out)
+    mask = own.held_out.mask(paint.shape)
     assert mask.any() == (held_out > 0)
     trained = np.where(mask, 0, paint)
     low, high = np.percentile(image.reshape(2, -1), (1, 99.8), axis=1)
@@ -731,35 +729,27 @@ def test_the_prior_is_taken_off_before_training_goes_on(name: str) -> None:
 
 def test_held_out_strokes_give_the_score(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer_room, "_SCORE_EVERY", 2)
-    config = QUICK.replaced(held_out=0.2, patch=64)
-    paint = TRUTH.copy()
+    image, paint = textures(side=192)
+    config = QUICK.replaced(patch=64)
     start = create_model(NET, seed=1)
-    own = trainer(start, paint=paint, held_out=0.2, patch=64, seed=1)
-    mask = held_out_mask(paint.shape, seed=1, fraction=0.2)
-    assert own._scored
-    for window, truth in own._scored:
-        assert window.shape == (1, 1, 64, 64)
-        assert truth.shape == (64, 64)
-        assert truth.any()
-        assert (truth > 0).sum() <= mask.sum()
+    own = trainer(start, paint=paint, image=image, patch=64, seed=1)
+    _, (scoring,) = own.held_out.split([paint], [0])
+    assert own._scorer.enough
+    assert sum(len(w.truth) for w in own._scorer._held) <= np.count_nonzero(scoring)
     assert own.score is None
     own.step()
     assert own.score is None
     own.step()
-    labels, truths = [], []
-    half = autocast(torch.device("cpu"), enabled=True)
-    with torch.inference_mode(), half:
-        for window, truth in own._scored:
-            logits = own._shown.eval()(window)[-1][0]
-            labels.append(logits.argmax(0).numpy()[truth > 0] + 1)
-            truths.append(truth[truth > 0])
-    expected = evaluate(np.concatenate(labels), np.concatenate(truths)).mean_iou
-    assert own.score == expected
+    # It is of what the user gets: the averaged weights, with the shares of the classes.
+    model = own.model()
+    found = own._scorer.measure(model.network, (0.0, 0.0), half=True)
+    assert own.score == pytest.approx(found[2].mean, abs=0.01)
+    assert set(own.scores) == {1, 2}
     steps, model = drain(
-        train_steps(IMAGE, paint, network=NET, config=config, max_steps=4, seed=1)
+        train_steps(image, paint, network=NET, config=config, max_steps=4, seed=1)
     )
     assert steps[0].score is None
-    assert steps[1].score == steps[2].score == expected
+    assert steps[1].score == steps[2].score == own.score
     assert 0 <= steps[3].score <= 1
     assert model.provenance["held_out_score"] == steps[3].score
 
@@ -769,9 +759,8 @@ def test_the_valid_network_is_scored_on_its_inner_pixels(
 ) -> None:
     monkeypatch.setattr(trainer_room, "_SCORE_EVERY", 1)
     config = NetConfig("unet-valid", width=4, levels=1)
-    model = run(
-        paint=TRUTH, network=config, config=QUICK.replaced(held_out=0.2), seed=1
-    )
+    image, paint = textures(side=192)
+    model = run(images=image, paint=paint, network=config, seed=1)
     assert model.history[0].score is not None
     assert 0 <= model.history[0].score <= 1
 
@@ -896,7 +885,7 @@ def test_the_origin_is_written_down(tmp_path: Path) -> None:
     assert json.loads(json.dumps(found)) == found
     assert set(found) == {
         "napari_unetpp", "torch", "python", "device", "threads", "seed", "steps",
-        "held_out_score", "settings", "data", "parent",
+        "held_out", "held_out_score", "settings", "data", "parent",
     }  # fmt: skip
     assert found["seed"] == 5
     assert found["steps"] == 2

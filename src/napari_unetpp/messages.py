@@ -123,12 +123,15 @@ class Progress:
         Held-out mean IoU by depth, as far as known.
     estimates : tuple of (int, Score)
         The same with its interval and the values of the classes.
+    holds_out : bool
+        Whether the model keeps any place for the score.
     """
 
     last: TrainStep
     rate: float
     scores: tuple[tuple[int, float], ...] = ()
     estimates: tuple[tuple[int, Score], ...] = ()
+    holds_out: bool = True
 
 
 @dataclass(frozen=True, eq=False)

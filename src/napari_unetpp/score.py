@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, zip_longest
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -11,6 +12,7 @@ import torch
 from torch.nn import functional
 
 from napari_unetpp.augment import cut_windows
+from napari_unetpp.device import autocast
 from napari_unetpp.heldout import BLOCK
 
 if TYPE_CHECKING:
@@ -56,6 +58,19 @@ class Score:
 
     def __str__(self) -> str:
         return f"{self.mean:.2f} ± {(self.high - self.low) / 2:.2f}"
+
+    def words(self, classes: Sequence[str]) -> str:
+        """Return what it says, its interval, and each class's own value."""
+        values = (
+            f"{name} {value:.2f}"
+            for name, value in zip(classes, self.per_class, strict=False)
+            if np.isfinite(value)
+        )
+        return (
+            f"{self.low:.2f} to {self.high:.2f} (90 %): estimated IoU on the whole "
+            f"images, from {self.pixels:,} painted pixels that training never saw. "
+            f"{', '.join(values)}."
+        )
 
 
 class Counts(NamedTuple):
@@ -278,7 +293,7 @@ class Scorer:
 
     @torch.inference_mode()
     def measure(
-        self, network: SegmentationNet, prior: Sequence[float]
+        self, network: SegmentationNet, prior: Sequence[float], *, half: bool = False
     ) -> dict[int, Score]:
         """Return the score at each depth; empty while there are too few strokes.
 
@@ -288,10 +303,13 @@ class Scorer:
             On the images' device.
         prior : sequence of float
             What the user's model adds to its logits.
+        half : bool, optional
+            Compute in half precision where the device does.
         """
         if not self.enough:
             return {}
         network.eval()
+        look = partial(self._logits, network, prior, half)
         k, t = len(self._painted), len(_TEMPERATURES)
         found = {
             depth: Counts(
@@ -303,7 +321,7 @@ class Scorer:
             for depth in network.depths
         }
         for window in self._held:
-            heads = self._logits(network, prior, window.image, window.centre)
+            heads = look(window.image, window.centre)
             for counts, logits in zip(found.values(), heads, strict=True):
                 there = window.block, window.truth
                 held = logits[:, window.rows, window.columns]
@@ -312,7 +330,7 @@ class Scorer:
                 np.add.at(counts.right, there, right)
                 np.add.at(counts.sure, there, sure)
         for n, (image, centre) in enumerate(self._places):
-            heads = self._logits(network, prior, image, centre)
+            heads = look(image, centre)
             inside = self._inside(image, centre, heads[0])
             for counts, logits in zip(found.values(), heads, strict=True):
                 counts.tables[n] = _table(logits, inside)
@@ -325,6 +343,7 @@ class Scorer:
         self,
         network: SegmentationNet,
         prior: Sequence[float],
+        half: bool,
         image: int,
         centre: tuple[int, int],
     ) -> list[Tensor]:
@@ -333,7 +352,9 @@ class Scorer:
             [pixels], [pixels[0].new_zeros(pixels.shape[1:])], [0], [centre], self._side
         )
         offset = torch.tensor(prior, device=pixels.device)[:, None, None]
-        return [logits[0].float() + offset for logits in network(window[None])]
+        with autocast(pixels.device, half):
+            heads = network(window[None])
+        return [logits[0].float() + offset for logits in heads]
 
     def _inside(self, image: int, centre: tuple[int, int], logits: Tensor) -> Tensor:
         """Return 1 where an output lies in the image, 0 in its mirrored rest."""

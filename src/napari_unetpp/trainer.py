@@ -250,8 +250,9 @@ class Trainer:
                 "over with a smaller `learning_rate`."
             )
         if self.steps % _SCORE_EVERY == 0:
-            with autocast(self._device, self._config.mixed_precision):
-                self.estimates = self._scorer.measure(self._shown, self._prior())
+            self.estimates = self._scorer.measure(
+                self._shown, self._prior(), half=self._config.mixed_precision
+            )
         return value
 
     def _depth(self) -> int:

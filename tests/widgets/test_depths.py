@@ -118,7 +118,13 @@ def test_costs_and_scores_stand_in_their_row(seen: Seen) -> None:
     seen.widget.set_cost(3, 1840.7, float("nan"))
     assert seen.text(1) == ["L2", "8.5", "1,512", "0.87"]
     assert seen.text(2) == ["L3", "1,841", UNKNOWN, UNKNOWN]
+    assert "never saw" in seen.table.item(1, 3).toolTip()
+    seen.widget.set_score(2, 0.8749, "0.80 to 0.94: <b>sky</b> 0.9")
+    assert seen.table.item(1, 3).toolTip() == "0.80 to 0.94: &lt;b&gt;sky&lt;/b&gt; 0.9"
     seen.widget.set_score(2, None)
+    assert "never saw" in seen.table.item(1, 3).toolTip()
+    seen.widget.set_score(3, 0.5)
+    seen.widget.clear_scores()
     seen.widget.clear_costs()
     assert seen.text(1) == ["L2", UNKNOWN, UNKNOWN, UNKNOWN]
     assert seen.changed == []

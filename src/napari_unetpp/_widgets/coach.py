@@ -19,6 +19,7 @@ def advice(
     training: bool,
     predicted: bool,
     scored: bool,
+    holds_out: bool = True,
 ) -> str:
     """Return the next useful thing.
 
@@ -32,6 +33,8 @@ def advice(
         Whether a prediction has been shown.
     scored : bool
         Whether there is a held-out score.
+    holds_out : bool, optional
+        Whether the model keeps any place for it.
     """
     if not any(pixels):
         first = names[0]
@@ -51,6 +54,11 @@ def advice(
             )
     if not training and not predicted:
         return "Press Train: the network learns while you go on painting."
+    if training and not holds_out:
+        return (
+            "This model learns from every stroke, so it has no held-out score. Paint "
+            "where the prediction is wrong."
+        )
     if training and not scored:
         return (
             "No held-out pixels yet: the score comes with strokes in more places. "

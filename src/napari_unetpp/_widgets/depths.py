@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 from typing import TYPE_CHECKING
 
@@ -32,7 +33,11 @@ _HEADER = (
     ("depth", "How deep the network is computed: L1 is the fastest."),
     ("ms/Mpx", "Milliseconds per megapixel, measured on this image and device."),
     ("MB", "Peak memory in megabytes, measured on this image and device."),
-    ("score", "Mean IoU on held-out painted pixels, 0 to 1; more is better."),
+    (
+        "score",
+        "Estimated mean IoU on the whole images, 0 to 1, from painted pixels that "
+        "training never saw; more is better.",
+    ),
 )
 
 
@@ -56,6 +61,7 @@ class DepthPanel(QWidget):
         self._wish: int | None = None  # outlives networks of one depth
         self._cost: dict[int, tuple[float, float]] = {}
         self._score: dict[int, float | None] = {}
+        self._words: dict[int, str] = {}
         self._single = QLabel("This network has one depth.")
         self._single.setTextFormat(Qt.TextFormat.PlainText)
         self._face = QWidget()
@@ -141,9 +147,18 @@ class DepthPanel(QWidget):
         self._cost[depth] = (ms_per_megapixel, megabytes)
         self._show()
 
-    def set_score(self, depth: int, score: float | None) -> None:
-        """Show the held-out score of a depth, None while it is unknown."""
-        self._score[depth] = score
+    def set_score(self, depth: int, score: float | None, words: str = "") -> None:
+        """Show the held-out score of a depth, None while it is unknown.
+
+        The `words` say more about it; they are shown as they are, never as markup.
+        """
+        self._score[depth], self._words[depth] = score, words
+        self._show()
+
+    def clear_scores(self) -> None:
+        """Forget all scores."""
+        self._score.clear()
+        self._words.clear()
         self._show()
 
     def clear_costs(self) -> None:
@@ -192,6 +207,9 @@ class DepthPanel(QWidget):
                     item.setToolTip(_HEADER[column][1])
                     self._table.setItem(row, column, item)
                 item.setText(text)
+                if column == len(_HEADER) - 1:
+                    words = self._words.get(depth)
+                    item.setToolTip(html.escape(words) if words else _HEADER[column][1])
                 font = item.font()
                 font.setBold(depth == self._wish)
                 item.setFont(font)

@@ -70,8 +70,9 @@ class LossPlot(QWidget):
         self.setAccessibleName("Loss and held-out score over the steps")
         self.setToolTip(
             "Solid: mean loss over annotated pixels (left axis; logarithmic once it "
-            "spans a factor of ten). Dashed: mean IoU on held-out painted pixels, 0 to "
-            "1 (right axis). Below: optimizer steps."
+            "spans a factor of ten). Dashed: estimated mean IoU on the whole images, "
+            "from painted pixels that training never saw, 0 to 1 (right axis). Below: "
+            "optimizer steps."
         )
 
     def add(self, step: int, loss: float, score: float | None) -> None:

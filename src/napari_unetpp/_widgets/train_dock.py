@@ -48,6 +48,8 @@ class TrainDock(TrainFace):
         self._trouble = ""
         self._waiting = ""
         self._score: float | None = None
+        self._held = _UNKNOWN
+        self._holds_out = True
         self._loaded: str | None = None
         self._closed = False
         self._first_names = self.classes.names()
@@ -215,11 +217,10 @@ class TrainDock(TrainFace):
         """Forget the model; the strokes stay."""
         self.link.forget()
         self._loaded = None
-        self._score = None
+        self._score, self._held = None, _UNKNOWN
         self.plot.clear()
         self.depths.clear_costs()
-        for depth in _DEPTHS.get(NETWORKS[self.network_box.currentText()], ()):
-            self.depths.set_score(depth, None)
+        self.depths.clear_scores()
         self.status.setText("")
         self._show_state()
 
@@ -275,14 +276,18 @@ class TrainDock(TrainFace):
         last = message.last
         self.link.count(last.step)
         known = self._score is not None
-        self._score = last.score
+        self._score, self._holds_out = last.score, message.holds_out
+        estimates = dict(message.estimates)
+        self._held = str(list(estimates.values())[-1]) if estimates else _UNKNOWN
         self.plot.add(self.link.steps, last.loss, last.score)
-        for depth, score in message.scores:
-            self.depths.set_score(depth, score)
-        held = _UNKNOWN if last.score is None else f"{last.score:.2f}"
+        if not estimates:
+            self.depths.clear_scores()
+        for depth, estimate in estimates.items():
+            words = estimate.words(self.classes.names())
+            self.depths.set_score(depth, estimate.mean, words)
         self.status.setText(
             f"Step {self.link.steps:,} · {message.rate:.1f} steps/s · "
-            f"{_clock(last.seconds)} · held-out IoU {held}"
+            f"{_clock(last.seconds)} · held-out IoU {self._held}"
         )
         if known != (last.score is not None):
             self._show_coach()
@@ -318,9 +323,8 @@ class TrainDock(TrainFace):
         if self.link.model is None:
             self.status.setText("")
             return
-        score = _UNKNOWN if self._score is None else f"{self._score:.2f}"
         steps = f"{self.link.steps:,} steps" if self.link.steps else "loaded"
-        self.status.setText(f"Model: {steps}, held-out IoU {score}")
+        self.status.setText(f"Model: {steps}, held-out IoU {self._held}")
 
     def _show_coach(self) -> None:
         if self._trouble:
@@ -338,6 +342,7 @@ class TrainDock(TrainFace):
                 training=self.link.state == "training",
                 predicted=self.link.model is not None,
                 scored=self._score is not None,
+                holds_out=self._holds_out,
             )
         self.coach.setText(text)
         weight = "bold" if self._trouble else "normal"

@@ -295,7 +295,13 @@ class _Session:
         )
         estimates = tuple(self._trainer.estimates.items())
         scores = tuple((depth, score.mean) for depth, score in estimates)
-        return Progress(self._history[-1], self._clock.rate, scores, estimates)
+        return Progress(
+            self._history[-1],
+            self._clock.rate,
+            scores,
+            estimates,
+            self._trainer.held_out.fraction > 0,
+        )
 
     def result(self) -> Model | None:
         """Return the model as it stands."""
