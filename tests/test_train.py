@@ -754,6 +754,42 @@ def test_held_out_strokes_give_the_score(monkeypatch: pytest.MonkeyPatch) -> Non
     assert model.provenance["held_out_score"] == steps[3].score
 
 
+class Scored(SimpleNamespace):
+    """Stands in for a score of which only the mean is read."""
+
+
+@pytest.mark.parametrize(
+    ("values", "patience", "ends_at", "best_at"),
+    [([0.3, 0.5, 0.4, 0.5, 0.9], 2, 4, 2), ([0.3, float("nan"), 0.4, 0.2], 2, 5, 3),
+     ([float("nan")] * 5, 2, 2, None), ([None, None, None, 0.2, 0.1], 1, 5, 4),
+     ([None] * 5, 1, 5, None), ([0.1, 0.2, 0.3, 0.4, 0.5], 1, 5, 5)],
+)  # fmt: skip
+def test_patience_ends_it_and_keeps_the_best(
+    values: list[float | None],
+    patience: int,
+    ends_at: int,
+    best_at: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def measure(*_: Any, **__: Any) -> dict[int, Scored]:
+        value = values[min(len(asked), len(values) - 1)]
+        asked.append(value)
+        return {} if value is None else {1: Scored(mean=value), 2: Scored(mean=value)}
+
+    asked: list[float | None] = []
+    monkeypatch.setattr(trainer_room, "_SCORE_EVERY", 1)
+    monkeypatch.setattr(trainer_room.Scorer, "measure", measure)
+    config = QUICK.replaced(patience=patience)
+    steps, model = drain(
+        train_steps(IMAGE, PAINT, network=NET, config=config, max_steps=5)
+    )
+    assert len(steps) == ends_at
+    assert len(model.history) == model.provenance["steps"] == (best_at or ends_at)
+    monkeypatch.undo()
+    same_steps = run(max_steps=best_at or ends_at)
+    assert same(model, same_steps)
+
+
 def test_the_valid_network_is_scored_on_its_inner_pixels(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -271,6 +271,11 @@ class TrainConfig(Settings):
     held_out : float
         Share of the positions whose strokes only score and never train, ever: it is
         decided at a model's first training and stays with the model.
+    patience : int or None
+        End after so many held-out scores (one each 50 steps) in a row that are no
+        better than the best, and return the model that scored best; NaN is no better,
+        and while there is no score nothing is counted. None: train to the end and
+        return the last model. A live training goes on until it is stopped.
     flip, right_angles : bool
         Mirror, and turn by multiples of 90 degrees.
     rotation, scale : float
@@ -304,6 +309,7 @@ class TrainConfig(Settings):
     prior: float = 0.5
     averaging: float = 6.0
     held_out: float = 0.15
+    patience: int | None = None
     flip: bool = True
     right_angles: bool = True
     rotation: float = 23.0
@@ -326,6 +332,8 @@ class TrainConfig(Settings):
         }
         for name, (low, high) in whole.items():
             check_number(name, getattr(self, name), low, high, whole=True)
+        if self.patience is not None:
+            check_number("patience", self.patience, 1, 10**9, whole=True)
         check_choice("optimizer", self.optimizer, ("adamw", "adam", "sgd"))
         check_choice(
             "loss", self.loss, ("cross_entropy", "dice", "jaccard", "bce_dice", "focal")

@@ -45,8 +45,8 @@ class TrainStep:
     seconds : float
         Since training began.
     score : float or None
-        Mean IoU on held-out strokes when it was last measured; None before that, or
-        when there are too few strokes to hold any out.
+        Mean IoU on the whole images as estimated from held-out strokes, when it was
+        last measured; None before that, or while too few strokes are held out.
     """
 
     step: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -96,7 +97,8 @@ def train_steps(
     Returns
     -------
     model : Model
-        The generator's return value, also after `stop`.
+        The generator's return value, also after `stop`; with ``config.patience`` the
+        one that scored best.
 
     Raises
     ------
@@ -135,10 +137,10 @@ def train_steps(
     names = _class_names(classes, model, examples, 0 if unlabelled is None else 1)
     channels = len(examples.images[0])
     start = starting_model(model, network, names, channels, unlabelled, seed)
-    trainer = Trainer(
-        start, examples, config or TrainConfig(), seed=seed, device=target_device
-    )
-    return _loop(trainer, examples, began, max_seconds, max_steps, stop)
+    config = config or TrainConfig()
+    trainer = Trainer(start, examples, config, seed=seed, device=target_device)
+    best = None if config.patience is None else _Best(config.patience)
+    return _loop(trainer, examples, began, max_seconds, max_steps, stop, best)
 
 
 def _loop(
@@ -148,6 +150,7 @@ def _loop(
     max_seconds: float | None,
     max_steps: int | None,
     stop: Stop | None,
+    best: _Best | None,
 ) -> Generator[TrainStep, None, Model]:
     history: list[TrainStep] = []
     while True:
@@ -164,11 +167,43 @@ def _loop(
         history.append(TrainStep(trainer.steps, loss, seconds, trainer.score))
         yield history[-1]
         over = max_seconds is not None and time.perf_counter() - began >= max_seconds
+        if best is not None and trainer.scored_now:
+            over = best.is_over(trainer, history, examples) or over
         if over or trainer.steps == max_steps or (stop is not None and stop.is_set()):
             break
+    if best is not None and best.model is not None:
+        return best.model
+    return _result(trainer, history, examples)
+
+
+def _result(trainer: Trainer, history: list[TrainStep], examples: Examples) -> Model:
     result = trainer.model(history)
     result.provenance = trainer.provenance(examples)
     return result
+
+
+class _Best:
+    """The model that scored best so far, and how often none was better since."""
+
+    def __init__(self, patience: int) -> None:
+        self._patience = patience
+        self._score = -math.inf
+        self._failures = 0
+        self.model: Model | None = None
+
+    def is_over(
+        self, trainer: Trainer, history: list[TrainStep], examples: Examples
+    ) -> bool:
+        """Take a new score into account, and return whether to end."""
+        score = trainer.score
+        if score is None:
+            return False
+        if score > self._score:
+            self._score, self._failures = score, 0
+            self.model = _result(trainer, history, examples)
+        else:
+            self._failures += 1
+        return self._failures >= self._patience
 
 
 def train(images: Any, annotations: Any, **settings: Any) -> Model:

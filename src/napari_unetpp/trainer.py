@@ -112,6 +112,11 @@ class Trainer:
         """The same of the deepest head; None while there are too few strokes."""
         return self.scores.get(self._shown.depths[-1])
 
+    @property
+    def scored_now(self) -> bool:
+        """Whether the last step was one after which the score is measured."""
+        return self.steps > 0 and self.steps % _SCORE_EVERY == 0
+
     def _read(self, examples: Examples) -> None:
         targets, numbers = examples.targets, examples.numbers
         starved = self.held_out.starved(targets, numbers, self._n_classes)
@@ -249,7 +254,7 @@ class Trainer:
                 f"The loss must stay finite, got {whole} at step {self.steps}. Start "
                 "over with a smaller `learning_rate`."
             )
-        if self.steps % _SCORE_EVERY == 0:
+        if self.scored_now:
             self.estimates = self._scorer.measure(
                 self._shown, self._prior(), half=self._config.mixed_precision
             )

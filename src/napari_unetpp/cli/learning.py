@@ -138,7 +138,7 @@ def trained(model: Model) -> str:
     if facts["loss"] is not None:
         text += f", loss {facts['loss']:.3f}"
     if facts["held_out_mean_iou"] is not None:
-        text += f", mean IoU on held-out strokes {facts['held_out_mean_iou']:.3f}"
+        text += f", mean IoU {facts['held_out_mean_iou']:.3f} (held-out estimate)"
     return text
 
 
