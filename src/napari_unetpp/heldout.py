@@ -104,9 +104,12 @@ class HeldOut:
         """Return the classes that are painted, but only where nothing trains."""
         if not self.fraction:
             return []
-        training, _ = self.split(targets, planes)
-        bare = count(training, n_classes) == 0
-        return np.flatnonzero((count(targets, n_classes) > 0) & bare).tolist()
+        painted, held = np.zeros(n_classes, int), np.zeros(n_classes, int)
+        for target, plane in zip(targets, planes, strict=True):
+            pixels = _per_block(target, n_classes)
+            painted += pixels.sum((0, 1))
+            held += pixels[self.blocks(target.shape, plane)].sum(0)
+        return np.flatnonzero((painted > 0) & (held == painted)).tolist()
 
     def to_dict(self) -> dict[str, Any]:
         """Return it JSON-able."""
@@ -167,16 +170,26 @@ def choose(
     """
     if not fraction:
         return HeldOut(_key(seed, 0), 0.0)
-    painted = count(targets, n_classes)
+    outer = [_per_block(t, n_classes) for t in targets]
+    inner = [
+        _per_block(np.where(_inside(t.shape), t, np.uint8(0)), n_classes)
+        for t in targets
+    ]
+    painted = np.sum([pixels.sum((0, 1)) for pixels in outer], axis=0)
     present = painted > 0
     best, best_rank = HeldOut(_key(seed, 0), 0.0), None
     for number in range(_CANDIDATES):
         found = HeldOut(_key(seed, number), fraction)
-        training, scoring = found.split(targets, planes)
-        kept, scored = count(training, n_classes), count(scoring, n_classes)
-        if np.any(present & (kept == 0)):
+        chosen = [
+            found.blocks(t.shape, p) for t, p in zip(targets, planes, strict=True)
+        ]
+        held, scored = (
+            np.sum([pixels[c].sum(0) for pixels, c in zip(of, chosen, strict=True)], 0)
+            for of in (outer, inner)
+        )
+        if np.any(present & (held == painted)):
             continue
-        lost = 1 - kept[present] / painted[present]
+        lost = held[present] / painted[present]
         rank = (
             float(max(0, lost.max() - _MOST)),
             int(np.sum(scored[present] == 0)),
@@ -195,6 +208,15 @@ def count(targets: Sequence[NDArray[np.uint8]], n_classes: int) -> NDArray[np.in
         painted = np.bincount(target[target > 0], minlength=n_classes + 1)
         total += painted[1 : n_classes + 1]
     return total
+
+
+def _per_block(target: NDArray[np.uint8], n_classes: int) -> NDArray[np.int64]:
+    """Return how many pixels each class has in each block, (rows, columns, K)."""
+    rows, columns = (-(-side // BLOCK) for side in target.shape)
+    y, x = np.nonzero(target)
+    place = (y // BLOCK * columns + x // BLOCK) * n_classes + target[y, x] - 1
+    pixels = np.bincount(place, minlength=rows * columns * n_classes)
+    return pixels.reshape(rows, columns, n_classes)
 
 
 def _inside(shape: tuple[int, int]) -> NDArray[np.bool_]:
