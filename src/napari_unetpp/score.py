@@ -400,4 +400,4 @@ def _table(logits: Tensor, inside: Tensor) -> NDArray[np.float64]:
 
 
 def _column(like: Tensor) -> Tensor:
-    return torch.as_tensor(_TEMPERATURES, dtype=like.dtype, device=like.device)
+    return torch.as_tensor(_TEMPERATURES, dtype=like.dtype).to(like.device)
