@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,7 +18,7 @@ from napari_unetpp.config import check_number
 from napari_unetpp.errors import ModelFileError, SaveError, TrainingError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -252,9 +253,9 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     for name in sorted({*then, *now}):
         old, new = then.get(name), now.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
-            told += [f"{name}.{line}" for line in differences(old, new)]
+            told += [f"{_short(name)}.{line}" for line in differences(old, new)]
         elif old != new:
-            told.append(f"{name}: {_short(old)} then, {_short(new)} now")
+            told.append(f"{_short(name)}: {_short(old)} then, {_short(new)} now")
     return told
 
 
@@ -386,11 +387,13 @@ class Rolling:
 
     def due(self, steps: int) -> bool:
         """Return whether it is time for a checkpoint of this step."""
+        busy = self._thread is not None and self._thread.is_alive()
         waited = time.monotonic() - self._at >= self._seconds
-        return waited and steps != self._asked and not self._busy()
+        return waited and not busy and self.lacks(steps)
 
-    def _busy(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
+    def lacks(self, steps: int) -> bool:
+        """Return whether this step has not been handed over yet."""
+        return steps != self._asked
 
     def keep(self, checkpoint: Checkpoint, *, wait: bool = False) -> None:
         """Write a checkpoint; a failure is logged, and the training goes on.
@@ -440,13 +443,20 @@ class Rolling:
             return ""
         return f"The last good checkpoint is `{self.path}` (step {self.kept})."
 
-    def told(self, error: TrainingError) -> TrainingError:
-        """Return an error that also says what is safe."""
-        self.wait()
-        return TrainingError(f"{error} {self.hint()}".strip())
-
     def remove(self) -> None:
         """Delete all files: the training has come to its end, or is given up."""
         self.wait()
         for path in (self._new, self._old, self._best, self.path):
             path.unlink(missing_ok=True)
+
+
+@contextmanager
+def telling(rolling: Rolling | None) -> Iterator[None]:
+    """Let a TrainingError also say where the last good checkpoint is."""
+    try:
+        yield
+    except TrainingError as error:
+        if rolling is None:
+            raise
+        rolling.wait()
+        raise TrainingError(f"{error} {rolling.hint()}".strip()) from None

@@ -13,9 +13,9 @@ from napari_unetpp.checkpoint import (
     Checkpoint,
     Rolling,
     data_differences,
-    data_table,
     differences,
     not_usable,
+    telling,
 )
 from napari_unetpp.config import (
     NETWORKS,
@@ -26,7 +26,7 @@ from napari_unetpp.config import (
     working_config,
 )
 from napari_unetpp.device import is_out_of_memory, resolve_device
-from napari_unetpp.errors import DeviceMemoryError, TrainingError
+from napari_unetpp.errors import DeviceMemoryError
 from napari_unetpp.examples import Examples, read_examples
 from napari_unetpp.model import (
     Model,
@@ -217,15 +217,14 @@ def _loop(
     over = bool(history) and limits.reached(trainer.steps)
     while not over:
         try:
-            loss = trainer.step()
-            history.append(
-                TrainStep(trainer.steps, loss, limits.seconds, trainer.score)
-            )
-            if rolling and rolling.due(trainer.steps):
-                model = _result(trainer, examples, history)
-                rolling.keep(trainer.checkpoint(model, examples))
-        except TrainingError as error:
-            raise rolling.told(error) if rolling else error from None
+            with telling(rolling):
+                loss = trainer.step()
+                history.append(
+                    TrainStep(trainer.steps, loss, limits.seconds, trainer.score)
+                )
+                if rolling and rolling.due(trainer.steps):
+                    model = _result(trainer, examples, history)
+                    rolling.keep(trainer.checkpoint(model, examples))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -258,10 +257,8 @@ def _end(
     """Return the model, after its checkpoint is written."""
     result = _result(trainer, examples, history)
     if rolling:
-        try:
+        with telling(rolling):
             rolling.keep(trainer.checkpoint(result, examples), wait=True)
-        except TrainingError as error:
-            raise rolling.told(error) from None
     return result
 
 

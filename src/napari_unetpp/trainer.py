@@ -40,8 +40,8 @@ _SCORE_CROPS = 16
 _RAMP = 50  # steps in which the energy between strokes reaches its weight
 _FRESH = 40  # steps in which half of each batch comes from what was painted last
 _RECALL = 10  # steps that the averaged weights remember when new strokes arrive
-_REMEMBERED = {"sgd": {"momentum_buffer"}}  # by the optimizer of each weight; the others:
-_MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
+_ADAM = frozenset({"step", "exp_avg", "exp_avg_sq"})  # what it remembers of a weight
+_SGD = frozenset({"momentum_buffer"})
 
 
 class Trainer:
@@ -499,7 +499,7 @@ class Trainer:
         return [(n, p) for n, p in self.network.named_parameters() if p.requires_grad]
 
     def _restore_optimizer(self, tensors: dict[str, NDArray[Any]]) -> None:
-        keys = _REMEMBERED.get(self._config.optimizer, _MOMENTS)
+        keys = _SGD if self._config.optimizer == "sgd" else _ADAM
         self._optimizer.state.clear()
         for name, weight in self._learned():
             found = {
