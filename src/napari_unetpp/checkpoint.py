@@ -233,7 +233,7 @@ def set_chance(rng: np.random.Generator, values: Mapping[str, Any]) -> None:
     kind = type(rng.bit_generator).__name__
     if values["kind"] != kind:
         raise ValueError(f"its random numbers are not from {kind}.")
-    long = {name: int(str(values[name])[:34], 16) for name in _LONG}
+    long = {name: int(str(values[name])[:40], 16) for name in _LONG}
     if any(not 0 <= n < 2**128 for n in long.values()):
         raise ValueError("the state of its random numbers is out of range.")
     rng.bit_generator.state = {
@@ -392,7 +392,7 @@ class Rolling:
         return waited and not busy and self.lacks(steps)
 
     def lacks(self, steps: int) -> bool:
-        """Return whether this step has not been handed over yet."""
+        """Return whether this step is neither safe nor being written."""
         return steps != self._asked
 
     def keep(self, checkpoint: Checkpoint, *, wait: bool = False) -> None:
@@ -432,6 +432,7 @@ class Rolling:
                 io.atomic_write(self._best, data, overwrite=True)
                 self._top = score
         except (SaveError, OSError, ValueError, MemoryError) as error:
+            self._asked = -1
             _log.warning(
                 "No checkpoint of step %d: %s %s",
                 checkpoint.steps, error, self.hint() or "The training goes on.",

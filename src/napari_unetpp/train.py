@@ -257,8 +257,10 @@ def _end(
     """Return the model, after its checkpoint is written."""
     result = _result(trainer, examples, history)
     if rolling:
-        with telling(rolling):
-            rolling.keep(trainer.checkpoint(result, examples), wait=True)
+        rolling.wait()
+        if rolling.lacks(trainer.steps):
+            with telling(rolling):
+                rolling.keep(trainer.checkpoint(result, examples), wait=True)
     return result
 
 

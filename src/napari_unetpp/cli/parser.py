@@ -158,6 +158,10 @@ def _train(command: argparse.ArgumentParser) -> None:
         "(default: MODEL.checkpoint.safetensors)",
     )  # fmt: skip
     command.add_argument(
+        "--checkpoint-seconds", type=float, default=60.0, metavar="S",
+        help="time between two checkpoints (default: 60)",
+    )  # fmt: skip
+    command.add_argument(
         "--resume", action="store_true",
         help="go on with the checkpoint of the same command, exactly where it stood",
     )  # fmt: skip

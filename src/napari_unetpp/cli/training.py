@@ -54,6 +54,7 @@ def train(options: Namespace, console: Console) -> int:
             device=options.device,
             stop=stop,
             checkpoint=rolling.path,
+            checkpoint_seconds=options.checkpoint_seconds,
             resume=options.resume,
             changed_data=options.changed_data,
             **limit,

@@ -331,6 +331,8 @@ class _Session:
         rolling, trainer = self._rolling, self._trainer
         if rolling is None or trainer is None or self._examples is None:
             return
+        if last:
+            rolling.wait()
         steps = len(self._history)
         if rolling.due(steps) or ((last or self.idle) and rolling.lacks(steps)):
             model = self.result()
@@ -338,8 +340,6 @@ class _Session:
                 if model is not None:
                     found = trainer.checkpoint(model, self._examples)
                     rolling.keep(found, wait=last)
-        elif last:
-            rolling.wait()
 
     def _go_on(self, base: Model | None) -> None:
         """Give a new trainer what the checkpoint of `base` knows, while that fits."""
