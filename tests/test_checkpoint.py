@@ -28,7 +28,7 @@ from napari_unetpp.config import NetConfig, TrainConfig
 from napari_unetpp.errors import ModelFileError, SaveError, TrainingError
 from napari_unetpp.examples import ExampleBook, Examples, read_examples
 from napari_unetpp.live import live_steps
-from napari_unetpp.messages import Mailbox, Progress, Wishes
+from napari_unetpp.messages import Mailbox, Progress, Waiting, Wishes
 from napari_unetpp.model import Model, create_model, load_model
 from napari_unetpp.train import train, train_steps
 from napari_unetpp.trainer import Trainer
@@ -100,7 +100,12 @@ def names(folder: Path) -> list[str]:
 
 @pytest.fixture
 def every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Rolling, "due", Rolling.lacks)
+    monkeypatch.setattr(Rolling, "due", due)
+
+
+def due(rolling: Rolling, steps: int) -> bool:
+    """Whether a checkpoint is due, where time plays no part."""
+    return rolling.lacks(steps)
 
 
 @pytest.fixture
@@ -452,7 +457,7 @@ def test_a_model_is_no_checkpoint(left: Path, tmp_path: Path) -> None:
 
 def test_a_running_training_is_not_overwritten(left: Path) -> None:
     before = left.read_bytes()
-    with pytest.raises(SaveError, match=r"did not end.*resume=True"):
+    with pytest.raises(SaveError, match=r"earlier training.*resume=True"):
         run(left.parent)
     assert left.read_bytes() == before
 
@@ -833,7 +838,7 @@ def test_the_second_ctrl_c_tells_it_too(
         signal.raise_signal(signal.SIGINT)
 
     at_step(monkeypatch, 4, twice)
-    monkeypatch.setattr(Rolling, "due", Rolling.lacks)
+    monkeypatch.setattr(Rolling, "due", due)
     out = tmp_path / "m.safetensors"
     assert main(["train", *files, str(out), "--steps", "5"]) == 130
     assert "with --resume." in capsys.readouterr().err
@@ -1034,6 +1039,37 @@ def test_a_pause_is_safe(tmp_path: Path) -> None:
     assert shown(tmp_path).steps == 3
 
 
+def test_a_pause_on_a_full_disk_tries_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise SaveError("The disk is full.")
+
+    monkeypatch.setattr(io, "atomic_write", full)
+    live = Live(tmp_path).until(3)
+    live.wish(training=False)
+    waits = 0
+    for message in live.steps:
+        waits += isinstance(message, Waiting)
+        if waits == 4:
+            break
+    assert caplog.text.count("No checkpoint of step 3: The disk is full.") == 1
+    monkeypatch.undo()
+    live.steps.close()  # tries again
+    assert shown(tmp_path).steps == 3
+
+
+def test_what_cannot_be_deleted_is_told(
+    left: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    Rolling(left).remove()
+    assert f"`{NAME}` was not deleted: Permission denied" in caplog.text
+
+
 def test_a_stop_is_safe(tmp_path: Path) -> None:
     class Stop:
         wished = False
@@ -1050,7 +1086,7 @@ def test_a_stop_is_safe(tmp_path: Path) -> None:
 
 def test_a_live_training_is_not_overwritten(tmp_path: Path) -> None:
     Live(tmp_path).until(2).steps.close()
-    with pytest.raises(SaveError, match="did not end"):
+    with pytest.raises(SaveError, match="earlier training"):
         Live(tmp_path).until(1)
 
 
@@ -1061,7 +1097,7 @@ def test_a_live_training_that_fails_names_its_checkpoint(
         raise TrainingError("The loss must stay finite, got nan.")
 
     at_step(monkeypatch, 4, poison)
-    monkeypatch.setattr(Rolling, "due", Rolling.lacks)
+    monkeypatch.setattr(Rolling, "due", due)
     with pytest.raises(TrainingError, match=r"finite.*checkpoint is .*\(step 3\)"):
         Live(tmp_path).until(9)
 

@@ -333,6 +333,7 @@ class Rolling:
         self._seconds = seconds
         self._at = time.monotonic()
         self._asked = -1  # the step that was handed over last
+        self._failed = False
         self._top = -1.0
         self._thread: threading.Thread | None = None
         self.kept: int | None = None  # the last step that is safe
@@ -360,8 +361,8 @@ class Rolling:
             return None
         if not resume:
             raise SaveError(
-                f"`{io.shown(self.path)}` is the checkpoint of a training that did not "
-                "end. Go on with it (resume=True), or delete it first."
+                f"`{io.shown(self.path)}` holds an earlier training. Go on with it "
+                "(resume=True), or delete it first."
             )
         found = self._newest()
         self.kept = self._asked = found.steps
@@ -389,11 +390,11 @@ class Rolling:
         """Return whether it is time for a checkpoint of this step."""
         busy = self._thread is not None and self._thread.is_alive()
         waited = time.monotonic() - self._at >= self._seconds
-        return waited and not busy and self.lacks(steps)
+        return waited and not busy and self.lacks(steps, retry=True)
 
-    def lacks(self, steps: int) -> bool:
-        """Return whether this step is neither safe nor being written."""
-        return steps != self._asked
+    def lacks(self, steps: int, *, retry: bool = False) -> bool:
+        """Return whether this step was never handed over, or (`retry`) not written."""
+        return steps != self._asked or (retry and self._failed)
 
     def keep(self, checkpoint: Checkpoint, *, wait: bool = False) -> None:
         """Write a checkpoint; a failure is logged, and the training goes on.
@@ -426,13 +427,13 @@ class Rolling:
             if self._new.read_bytes() != data:
                 raise SaveError(f"`{io.shown(self._new)}` is damaged on the disk.")
             io.rotate(self._new, self.path, self._old)
-            self.kept = checkpoint.steps
+            self.kept, self._failed = checkpoint.steps, False
             score = checkpoint.score
             if score is not None and score > self._top:
                 io.atomic_write(self._best, data, overwrite=True)
                 self._top = score
         except (SaveError, OSError, ValueError, MemoryError) as error:
-            self._asked = -1
+            self._failed = True
             _log.warning(
                 "No checkpoint of step %d: %s %s",
                 checkpoint.steps, error, self.hint() or "The training goes on.",
@@ -448,7 +449,10 @@ class Rolling:
         """Delete all files: the training has come to its end, or is given up."""
         self.wait()
         for path in (self._new, self._old, self._best, self.path):
-            path.unlink(missing_ok=True)
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                _log.warning("`%s` was not deleted: %s", io.shown(path), error.strerror)
 
 
 @contextmanager

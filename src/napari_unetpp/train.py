@@ -258,7 +258,7 @@ def _end(
     result = _result(trainer, examples, history)
     if rolling:
         rolling.wait()
-        if rolling.lacks(trainer.steps):
+        if rolling.lacks(trainer.steps, retry=True):
             with telling(rolling):
                 rolling.keep(trainer.checkpoint(result, examples), wait=True)
     return result

@@ -132,6 +132,11 @@ def live_steps(
         try:
             yield from session.advance(wishes)
             session.keep()
+            if session.idle:
+                if showing and not wishes.training and session.untrained:
+                    break
+                mailbox.wait(_BEAT)
+                yield session.waiting
         except GeneratorExit:
             session.keep(last=True)
             raise
@@ -142,11 +147,6 @@ def live_steps(
                 "The device has no memory left for this. Choose a smaller network or "
                 "depth, close other programs, or choose the CPU."
             ) from None
-        if session.idle:
-            if showing and not wishes.training and session.untrained:
-                break
-            mailbox.wait(_BEAT)
-            yield session.waiting
     session.keep(last=True)
     return session.result()
 
@@ -334,7 +334,8 @@ class _Session:
         if last:
             rolling.wait()
         steps = len(self._history)
-        if rolling.due(steps) or ((last or self.idle) and rolling.lacks(steps)):
+        ends = (last or self.idle) and rolling.lacks(steps, retry=last)
+        if rolling.due(steps) or ends:
             model = self.result()
             with telling(rolling):
                 if model is not None:
