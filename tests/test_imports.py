@@ -35,14 +35,14 @@ TABLE = {
     "sampling": "config errors",
     "evaluate": "errors",
     "heldout": "errors",
-    "score": "augment heldout device networks",
+    "score": "augment heldout config device networks",
     "modelfile": "io config errors",
     "model": "modelfile networks preprocess io config errors",
     "examples": "preprocess config errors",
     "checkpoint": "modelfile io config errors",
-    "trainer": "model losses augment sampling heldout score examples device config"
-    " errors",
-    "train": "trainer model networks checkpoint examples preprocess device config"
+    "trainer": "model checkpoint losses augment sampling heldout score examples"
+    " device config errors",
+    "train": "trainer model networks checkpoint examples preprocess device io config"
     " errors",
     "predict": "model networks preprocess device config errors",
     "messages": "model score",  # for its types alone: it is free of torch
@@ -51,7 +51,7 @@ TABLE = {
     "samples": "errors",
     "batch": "predict model io preprocess config errors",
     "api": "+live +batch evaluate samples io",
-    "cli": "api batch evaluate io samples config errors",
+    "cli": "api batch checkpoint evaluate io samples config errors",
     "_sample_data": "samples",
     "_widgets": "messages config errors api live device script",
 }
@@ -65,6 +65,7 @@ QT = {
 KNOWS_NAPARI = {"_widgets", "_sample_data"}
 WITHOUT_TORCH = {
     "__init__", "errors", "config", "messages", "sampling", "evaluate", "modelfile",
+    "checkpoint",
     "samples", "batch", "script", "_sample_data",
 }  # fmt: skip
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import platform
 import sys
 import weakref
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from napari_unetpp import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -109,6 +113,21 @@ def describe(device: torch.device) -> str:
         return "Apple GPU"
     cores = os.cpu_count() or 1
     return f"CPU, {torch.get_num_threads()} of {cores} core{'s' * (cores > 1)}"
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Return what the last bits of a training depend on, beside its arguments."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {
+        "napari-unetpp": __version__,
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "system": platform.system(),
+        "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "bfloat16": isinstance(autocast(device, True), torch.autocast),
+    }
 
 
 class _Peak(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -146,21 +146,32 @@ class Model:
             If the file exists and `overwrite` is False, or cannot be written; whatever
             stood there is still there.
         """
-        tensors = {
-            name: value.detach().cpu().contiguous().numpy()
-            for name, value in self.network.state_dict().items()
-        }
-        tensors[_TEST] = _test_output(self.network)
-        config = {
-            "network": self.config.to_dict(),
-            "classes": list(self.classes),
-            "preprocessing": self.preprocessing.to_dict(),
-            "unlabelled": self.unlabelled,
-            "prior": list(self.prior),
-        }
-        provenance = {**self.provenance, "history": _thin(self.history)}
+        file = self.contents()
         modelfile.write(
-            path, tensors, config=config, provenance=provenance, overwrite=overwrite
+            path,
+            {**file.tensors, _TEST: _test_output(self.network)},
+            config=file.config,
+            provenance=file.provenance,
+            overwrite=overwrite,
+        )
+
+    def contents(self) -> modelfile.ModelFile:
+        """Return what a file holds of this model; the arrays are the network's own."""
+        return modelfile.ModelFile(
+            tensors={
+                name: value.detach().cpu().contiguous().numpy()
+                for name, value in self.network.state_dict().items()
+            },
+            config={
+                "network": self.config.to_dict(),
+                "classes": list(self.classes),
+                "preprocessing": self.preprocessing.to_dict(),
+                "unlabelled": self.unlabelled,
+                "prior": list(self.prior),
+            },
+            provenance={**self.provenance, "history": _thin(self.history)},
+            extra={},
+            digest="",
         )
 
 
@@ -242,7 +253,7 @@ def load_model(path: str | os.PathLike[str]) -> Model:
     Parameters
     ----------
     path : path
-        A file that `Model.save` wrote.
+        A file that `Model.save` wrote, or a checkpoint: then the model as it was shown.
 
     Returns
     -------
@@ -253,11 +264,20 @@ def load_model(path: str | os.PathLike[str]) -> Model:
     ModelFileError
         If the file is damaged, lies about itself, or was not written by us.
     """
-    file = modelfile.read(path)
-    return _from_file(file, io.shown(path))
+    return from_file(modelfile.read(path), io.shown(path))
 
 
-def _from_file(file: modelfile.ModelFile, name: str) -> Model:
+def from_file(file: modelfile.ModelFile, name: str) -> Model:
+    """Build the model that a verified file describes; ModelFileError if it cannot be.
+
+    Parameters
+    ----------
+    file : ModelFile
+        Its content; of a checkpoint too.
+    name : str
+        What messages call it.
+    """
+    file = file.without_state()
     try:
         model = _empty(file.config)
     except (ValueError, TypeError, KeyError) as error:

@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import unicodedata
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 FORMAT = "napari-unetpp"
 FORMAT_VERSION = 1
+# A checkpoint is a model file with more: these tensors, and a table of this name in
+# `extra`. Whoever wants the model alone leaves them out.
+STATE = "training"
 
 MAX_FILE = 2 * 1024**3
 MAX_HEADER = 1024**2
@@ -83,6 +86,13 @@ class ModelFile:
     provenance: dict[str, Any]
     extra: dict[str, Any]
     digest: str
+
+    def without_state(self) -> ModelFile:
+        """Return the model alone, of a checkpoint the one that was shown."""
+        start = f"{STATE}."
+        own = {k: v for k, v in self.tensors.items() if not k.startswith(start)}
+        rest = {k: v for k, v in self.extra.items() if k != STATE}
+        return replace(self, tensors=own, extra=rest)
 
 
 @dataclass(frozen=True)

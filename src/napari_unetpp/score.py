@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, zip_longest
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.nn import functional
 
 from napari_unetpp.augment import cut_windows
+from napari_unetpp.config import check_number
 from napari_unetpp.device import autocast
 from napari_unetpp.heldout import BLOCK
 
@@ -55,6 +56,21 @@ class Score:
     high: float
     per_class: tuple[float, ...]
     pixels: int
+
+    def to_list(self) -> list[Any]:
+        """Return it, JSON-able."""
+        classes = [v if np.isfinite(v) else None for v in self.per_class]
+        return [self.mean, self.low, self.high, classes, self.pixels]
+
+    @classmethod
+    def from_list(cls, values: Sequence[Any]) -> Score:
+        """Return what `to_list` has returned; ValueError if it is something else."""
+        mean, low, high, classes, pixels = values
+        for value in (mean, low, high, *(v for v in classes if v is not None)):
+            check_number("score", value, 0, 1)
+        check_number("pixels", pixels, 0, 2**53, whole=True)
+        per_class = (np.nan if v is None else float(v) for v in classes)
+        return cls(float(mean), float(low), float(high), tuple(per_class), pixels)
 
     def __str__(self) -> str:
         return f"{self.mean:.2f} ± {(self.high - self.low) / 2:.2f}"

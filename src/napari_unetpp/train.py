@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
+from napari_unetpp import io
+from napari_unetpp.checkpoint import (
+    Checkpoint,
+    Rolling,
+    data_differences,
+    differences,
+    not_usable,
+    telling,
+)
 from napari_unetpp.config import (
     NETWORKS,
     NetConfig,
@@ -25,14 +35,18 @@ from napari_unetpp.model import (
     check_classes,
     check_unlabelled,
     create_model,
+    from_file,
 )
 from napari_unetpp.networks import build_network
-from napari_unetpp.trainer import Trainer
+from napari_unetpp.trainer import Trainer, is_scored
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
+    import os
+    from collections.abc import Collection, Generator, Sequence
 
     import torch
+
+_log = logging.getLogger("napari_unetpp")
 
 
 class Stop(Protocol):
@@ -58,6 +72,10 @@ def train_steps(
     seed: int = 0,
     device: str | torch.device | None = None,
     stop: Stop | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_seconds: float = 60.0,
+    resume: bool = False,
+    changed_data: bool = False,
 ) -> Generator[TrainStep, None, Model]:
     """Learn from annotated pixels, step by step.
 
@@ -89,6 +107,21 @@ def train_steps(
         None: the fastest there is.
     stop : object with ``is_set()``, optional
         Asked after every step.
+    checkpoint : path or None, optional
+        A file (``.safetensors``) or folder that always holds what is needed to go on:
+        written every `checkpoint_seconds`, at every end and when the generator is
+        closed. Two older ones lie beside it, the one before and that of the best
+        score. A write that fails is logged; the training goes on.
+    checkpoint_seconds : float, optional
+        Between two checkpoints.
+    resume : bool, optional
+        With the same other arguments as before: go on with the training whose
+        `checkpoint` this is, or begin it if there is none. Limits count the whole
+        training. On the same computer, versions and number of threads, losses and
+        weights are on the CPU bit for bit those of a training that was not
+        interrupted; what differs is logged, and stands in ``provenance["resumed"]``.
+    changed_data : bool, optional
+        Whether to resume with other images or annotations than before.
 
     Yields
     ------
@@ -105,9 +138,13 @@ def train_steps(
     ValueError
         If an argument does not fit; before anything is trained.
     TrainingError
-        If the loss is no longer finite.
+        If the loss or a weight is no longer finite.
     DeviceMemoryError
         If a step does not fit on the device.
+    SaveError
+        If `checkpoint` cannot be written, or is that of another training.
+    ModelFileError
+        If `resume` finds nothing but damaged checkpoints.
     """
     # Any optimizer imports it at its first step; those seconds would be the user's.
     import torch._dynamo  # noqa: F401
@@ -116,6 +153,9 @@ def train_steps(
     _check_limits(max_seconds, max_steps, seed)
     if max_seconds is None and max_steps is None:
         max_seconds = 30.0
+    rolling = None if checkpoint is None else Rolling(checkpoint, checkpoint_seconds)
+    if resume and rolling is None:
+        raise ValueError("`resume` needs a `checkpoint` to go on with, got none.")
     target_device = resolve_device(device)
     check_unlabelled(unlabelled)
     if model is not None:
@@ -138,24 +178,62 @@ def train_steps(
     channels = len(examples.images[0])
     start = starting_model(model, network, names, channels, unlabelled, seed)
     config = config or TrainConfig()
+    found = rolling.begin(resume) if rolling else None
+    if found and "held_out" in found.model.provenance:
+        # Strokes that have changed since must not choose other places.
+        start.provenance["held_out"] = found.model.provenance["held_out"]
     trainer = Trainer(start, examples, config, seed=seed, device=target_device)
-    best = None if config.patience is None else _Best(config.patience)
-    return _loop(trainer, examples, began, max_seconds, max_steps, stop, best)
+    history: list[TrainStep] = []
+    if rolling and found:
+        go_on(trainer, examples, found, rolling, changed_data=changed_data)
+        history = history_of(found)
+        began -= found.seconds
+    limits = _Limits(began, max_seconds, max_steps, stop)
+    best = None
+    if config.patience is not None:
+        best = _Best(config.patience, rolling, history)
+    return _loop(trainer, examples, limits, history, rolling, best)
+
+
+class _Limits(NamedTuple):
+    """When a training ends."""
+
+    began: float
+    max_seconds: float | None
+    max_steps: int | None
+    stop: Stop | None
+
+    def reached(self, steps: int) -> bool:
+        """Return whether there is no step to take any more."""
+        if self.max_seconds is not None and self.seconds >= self.max_seconds:
+            return True
+        return self.max_steps is not None and steps >= self.max_steps
+
+    @property
+    def seconds(self) -> float:
+        """Since the training began."""
+        return time.perf_counter() - self.began
 
 
 def _loop(
     trainer: Trainer,
     examples: Examples,
-    began: float,
-    max_seconds: float | None,
-    max_steps: int | None,
-    stop: Stop | None,
+    limits: _Limits,
+    history: list[TrainStep],
+    rolling: Rolling | None,
     best: _Best | None,
 ) -> Generator[TrainStep, None, Model]:
-    history: list[TrainStep] = []
-    while True:
+    over = bool(history) and limits.reached(trainer.steps)
+    while not over:
         try:
-            loss = trainer.step()
+            with telling(rolling):
+                loss = trainer.step()
+                history.append(
+                    TrainStep(trainer.steps, loss, limits.seconds, trainer.score)
+                )
+                if rolling and rolling.due(trainer.steps):
+                    model = _result(trainer, examples, history)
+                    rolling.keep(trainer.checkpoint(model, examples))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -163,20 +241,20 @@ def _loop(
                 "The device has no memory left for a training step. Choose a smaller "
                 "`batch` or `patch`, close other programs, or use device='cpu'."
             ) from None
-        seconds = time.perf_counter() - began
-        history.append(TrainStep(trainer.steps, loss, seconds, trainer.score))
-        yield history[-1]
-        over = max_seconds is not None and time.perf_counter() - began >= max_seconds
         if best is not None and trainer.scored_now:
-            over = best.is_over(trainer, history, examples) or over
-        if over or trainer.steps == max_steps or (stop is not None and stop.is_set()):
-            break
-    if best is not None and best.model is not None:
-        return best.model
-    return _result(trainer, history, examples)
+            over = best.is_over(trainer, history, examples)
+        try:
+            yield history[-1]
+        except GeneratorExit:
+            _end(trainer, examples, history, rolling)
+            raise
+        over = over or limits.reached(trainer.steps)
+        over = over or (limits.stop is not None and limits.stop.is_set())
+    result = _end(trainer, examples, history, rolling)
+    return result if best is None else best.model or result
 
 
-def _result(trainer: Trainer, history: list[TrainStep], examples: Examples) -> Model:
+def _result(trainer: Trainer, examples: Examples, history: list[TrainStep]) -> Model:
     result = trainer.model(history)
     result.provenance = trainer.provenance(examples)
     return result
@@ -185,25 +263,123 @@ def _result(trainer: Trainer, history: list[TrainStep], examples: Examples) -> M
 class _Best:
     """The model that scored best so far, and how often none was better since."""
 
-    def __init__(self, patience: int) -> None:
+    def __init__(
+        self, patience: int, rolling: Rolling | None, history: Sequence[TrainStep]
+    ) -> None:
         self._patience = patience
+        self._rolling = rolling
         self._score = -math.inf
         self._failures = 0
         self.model: Model | None = None
+        for step in history:  # of earlier processes
+            if is_scored(step.step):
+                self._is_better(step.score)
+        if history and rolling and (found := rolling.best()):
+            self.model = from_file(found.model, io.shown(rolling.path))
 
     def is_over(
         self, trainer: Trainer, history: list[TrainStep], examples: Examples
     ) -> bool:
         """Take a new score into account, and return whether to end."""
-        score = trainer.score
+        if self._is_better(trainer.score):
+            self.model = _result(trainer, examples, history)
+            if self._rolling:
+                self._rolling.keep(trainer.checkpoint(self.model, examples))
+        return self._failures >= self._patience
+
+    def _is_better(self, score: float | None) -> bool:
         if score is None:
             return False
-        if score > self._score:
-            self._score, self._failures = score, 0
-            self.model = _result(trainer, history, examples)
-        else:
-            self._failures += 1
-        return self._failures >= self._patience
+        better = score > self._score
+        self._failures = 0 if better else self._failures + 1
+        self._score = max(self._score, score) if better else self._score
+        return better
+
+
+def _end(
+    trainer: Trainer,
+    examples: Examples,
+    history: list[TrainStep],
+    rolling: Rolling | None,
+) -> Model:
+    """Return the model, after its checkpoint is written."""
+    result = _result(trainer, examples, history)
+    if rolling:
+        rolling.wait()
+        if rolling.lacks(trainer.steps, retry=True):
+            with telling(rolling):
+                rolling.keep(trainer.checkpoint(result, examples), wait=True)
+    return result
+
+
+def go_on(
+    trainer: Trainer,
+    examples: Examples,
+    found: Checkpoint,
+    rolling: Rolling,
+    *,
+    changed_data: bool,
+    free: Collection[str] = (),
+) -> None:
+    """Bring a new trainer to where another one stood, or say why that cannot be.
+
+    Parameters
+    ----------
+    trainer, examples : Trainer, Examples
+        What goes on.
+    found : Checkpoint
+        Where the other one stood.
+    rolling : Rolling
+        Where that was found.
+    changed_data : bool
+        Whether the examples may be others.
+    free : collection of str, optional
+        What of the checkpoint's `identity` may differ.
+
+    Raises
+    ------
+    ValueError
+        If this is not the same training.
+    ModelFileError
+        If the checkpoint does not fit its own description.
+    """
+    now = trainer.checkpoint(trainer.model(), examples)
+    then, mine = (
+        {k: v for k, v in c.identity.items() if k not in free} for c in (found, now)
+    )
+    if other := differences(then, mine):
+        raise ValueError(
+            f"`resume` must get the arguments that `{io.shown(rolling.path)}` began "
+            f"with, but this differs: {'; '.join(other)}. Pass the same ones, or begin "
+            "another training: with model=load_model(checkpoint) from its weights."
+        )
+    data = data_differences(found.data, now.data)
+    if data and not changed_data:
+        raise ValueError(
+            f"`resume` must get the data that `{io.shown(rolling.path)}` began with, "
+            f"but this differs: {'; '.join(data)}. Pass the same ones, or allow "
+            "others with changed_data=True (--changed-data)."
+        )
+    try:
+        trainer.restore(found.state, same_data=not data)
+        earlier = list(found.model.provenance.get("resumed", []))
+    except (ValueError, TypeError, KeyError, IndexError, OverflowError) as error:
+        raise not_usable(io.shown(rolling.path), error) from None
+    other = data + differences(found.environment, now.environment)
+    trainer.resumed = [*earlier, {"step": found.steps, "differs": other}]
+    if other:
+        _log.warning(
+            "The training continues from step %d, not bit-identical: %s.",
+            found.steps, "; ".join(other),
+        )  # fmt: skip
+
+
+def history_of(found: Checkpoint) -> list[TrainStep]:
+    """Return the steps that led to a checkpoint."""
+    return [
+        TrainStep(int(step), loss, seconds, None if score != score else score)
+        for step, loss, seconds, score in found.history.tolist()
+    ]
 
 
 def train(images: Any, annotations: Any, **settings: Any) -> Model:

@@ -11,7 +11,16 @@ import numpy as np
 import torch
 
 from napari_unetpp import __version__, augment, heldout, losses
-from napari_unetpp.device import autocast
+from napari_unetpp.checkpoint import (
+    Checkpoint,
+    State,
+    chance,
+    check_whole,
+    data_table,
+    set_chance,
+)
+from napari_unetpp.config import check_number
+from napari_unetpp.device import autocast, environment
 from napari_unetpp.errors import TrainingError
 from napari_unetpp.heldout import HeldOut
 from napari_unetpp.sampling import Draw, PatchSampler
@@ -31,6 +40,8 @@ _SCORE_EVERY = 50  # steps; a score of a UNet++ takes as long as about five
 _RAMP = 50  # steps in which the energy between strokes reaches its weight
 _FRESH = 40  # steps in which half of each batch comes from what was painted last
 _RECALL = 10  # steps that the averaged weights remember when new strokes arrive
+_ADAM = frozenset({"step", "exp_avg", "exp_avg_sq"})  # what it remembers of a weight
+_SGD = frozenset({"momentum_buffer"})
 
 
 class Trainer:
@@ -89,7 +100,9 @@ class Trainer:
         self._arrays: list[NDArray[np.float32]] = []
         self._images: list[Tensor] = []
         self._fresh: PatchSampler | None = None
+        self._fresh_strokes: list[NDArray[np.uint8]] = []
         self._fresh_until = 0
+        self.resumed: list[dict[str, Any]] = []
         self._rng = np.random.default_rng(seed)
         self._generator = torch.Generator().manual_seed(seed)
         self._read(examples)
@@ -115,7 +128,7 @@ class Trainer:
     @property
     def scored_now(self) -> bool:
         """Whether the last step was one after which the score is measured."""
-        return self.steps > 0 and self.steps % _SCORE_EVERY == 0
+        return is_scored(self.steps)
 
     def _read(self, examples: Examples) -> None:
         targets, numbers = examples.targets, examples.numbers
@@ -160,11 +173,17 @@ class Trainer:
             before = old.get(id(image))
             new = target if before is None else np.where(target != before, target, 0)
             fresh.append(new.astype(np.uint8))
-        self._fresh = None  # its image numbers are those of the old list
-        if any(f.any() for f in fresh):
-            self._fresh = PatchSampler(fresh, self._config.patch, self._rng)
+        self._look_at(fresh)  # the image numbers of the last ones were the old list's
+        if self._fresh is not None:
             self._fresh_until = self.steps + _FRESH
         self._averaged_from = max(self._averaged_from, self.steps - _RECALL)
+
+    def _look_at(self, fresh: list[NDArray[np.uint8]]) -> None:
+        """Draw half of the next batches from these strokes, if there are any."""
+        self._fresh, self._fresh_strokes = None, []
+        if any(f.any() for f in fresh):
+            self._fresh = PatchSampler(fresh, self._config.patch, self._rng)
+            self._fresh_strokes = fresh
 
     def _score_side(self) -> int:
         network = self._start.network
@@ -360,7 +379,159 @@ class Trainer:
             "settings": self._config.to_dict(),
             "data": examples.fingerprints[:64],
             "parent": self._start.provenance.get("digest"),
+            **({"resumed": self.resumed[-64:]} if self.resumed else {}),
         }
+
+    # --- to and from a checkpoint -------------------------------------------------
+
+    def checkpoint(self, model: Model, examples: Examples) -> Checkpoint:
+        """Return all that is needed to go on from here.
+
+        Parameters
+        ----------
+        model : Model
+            As `model` has returned it, with its history and provenance.
+        examples : Examples
+            What is learned from.
+
+        Raises
+        ------
+        TrainingError
+            If anything is not finite: there is no way to go on from there.
+        """
+        steps = [(s.step, s.loss, s.seconds, s.score) for s in model.history]
+        return Checkpoint(
+            model.contents(),
+            {
+                "settings": self._config.to_dict(),
+                "seed": self._seed,
+                "parent": self._start.provenance.get("digest"),
+            },
+            environment(self._device),
+            data_table(examples.fingerprints, examples.numbers),
+            np.array(steps, np.float64).reshape(-1, 4),
+            self.state(),
+        )
+
+    def state(self) -> State:
+        """Return a copy of what changes from step to step."""
+        tensors = {
+            **{f"network.{k}": v for k, v in self.network.state_dict().items()},
+            **{f"shown.{k}": v for k, v in self._shown.state_dict().items()},
+            **{
+                f"optimizer.{key}.{name}": value
+                for name, weight in self._learned()
+                for key, value in self._optimizer.state.get(weight, {}).items()
+                if value is not None
+            },
+        }
+        for name, tensor in tensors.items():
+            if not bool(torch.isfinite(tensor).all()):
+                raise TrainingError(
+                    f"All weights must stay finite, but {name} is not at step "
+                    f"{self.steps}. Start over with a smaller `learning_rate`."
+                )
+        values = {
+            "steps": self.steps,
+            "averaged_from": self._averaged_from,
+            "fresh_until": self._fresh_until,
+            "estimates": [[d, score.to_list()] for d, score in self.estimates.items()],
+            "frequency": self._frequency.tolist(),
+            "rng": chance(self._rng),
+        }
+        return State(
+            {k: v.detach().cpu().clone().numpy() for k, v in tensors.items()},
+            {
+                "generator": self._generator.get_state().numpy().view(np.int64),
+                "fresh": self._fresh_points(),
+            },
+            values,
+        )
+
+    def _fresh_points(self) -> NDArray[np.int64]:
+        """Return image, row, column and value of what was painted last, flat."""
+        if self.steps >= self._fresh_until:
+            return np.zeros(0, np.int64)
+        points = [
+            np.column_stack([np.full(np.count_nonzero(f), i), *np.nonzero(f), f[f > 0]])
+            for i, f in enumerate(self._fresh_strokes)
+        ]
+        return np.concatenate([np.zeros((0, 4), np.int64), *points]).ravel()
+
+    def restore(self, state: State, *, same_data: bool = True) -> None:
+        """Go on where another trainer of the same arguments stood.
+
+        Parameters
+        ----------
+        state : State
+            As `state` has returned it.
+        same_data : bool, optional
+            False: the examples are others than they were.
+
+        Raises
+        ------
+        ValueError
+            If it is not the state of such a trainer.
+        """
+        values, tensors = state.values, dict(state.tensors)
+        for start, network in (("network.", self.network), ("shown.", self._shown)):
+            own = {k: tensors.pop(start + k) for k in network.state_dict()}
+            _load(network, own)
+        self._restore_optimizer(tensors)
+        self.steps = check_whole(values["steps"], 0)
+        self._averaged_from = check_whole(values["averaged_from"], 0, self.steps)
+        self._fresh_until = check_whole(values["fresh_until"], 0)
+        self.estimates = {
+            check_whole(depth, 1, 6): Score.from_list(score)
+            for depth, score in values["estimates"]
+        }
+        if len(values["frequency"]) != self._n_classes:
+            raise ValueError("it has another number of classes.")
+        for value in values["frequency"]:
+            check_number("frequency", value, 0, 1e15)
+        self._frequency = np.array(values["frequency"], np.float64)
+        set_chance(self._rng, values["rng"])
+        generator = torch.from_numpy(state.rows["generator"].view(np.uint8).copy())
+        try:
+            self._generator.set_state(generator)
+        except RuntimeError as error:
+            raise ValueError(f"its random numbers cannot be used: {error}") from None
+        if same_data:
+            self._look_at(self._strokes_of(state.rows["fresh"].reshape(-1, 4)))
+        else:
+            self._averaged_from = max(self._averaged_from, self.steps - _RECALL)
+
+    def _learned(self) -> list[tuple[str, torch.nn.Parameter]]:
+        return [(n, p) for n, p in self.network.named_parameters() if p.requires_grad]
+
+    def _restore_optimizer(self, tensors: dict[str, NDArray[Any]]) -> None:
+        keys = _SGD if self._config.optimizer == "sgd" else _ADAM
+        self._optimizer.state.clear()
+        for name, weight in self._learned():
+            found = {
+                key: tensors.pop(f"optimizer.{key}.{name}")
+                for key in sorted(keys)
+                if f"optimizer.{key}.{name}" in tensors
+            }
+            if not found:
+                continue  # a weight that has not learned yet
+            if set(found) != keys:
+                raise ValueError(f"what the optimizer knows of {name} is not complete.")
+            for key, array in found.items():
+                # The layout in memory is the weight's, as the optimizer makes it.
+                like = weight if key != "step" else torch.zeros((), device=self._device)
+                self._optimizer.state[weight][key] = _copied(array, like)
+        if tensors:
+            raise ValueError(f"it holds more than its network: {min(tensors)[:64]}.")
+
+    def _strokes_of(self, points: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
+        fresh = [np.zeros_like(target) for target in self._training]
+        for image, row, column, value in points.tolist():
+            check_whole(image, 0, len(fresh) - 1)
+            check_whole(row, 0, fresh[image].shape[0] - 1)
+            check_whole(column, 0, fresh[image].shape[1] - 1)
+            fresh[image][row, column] = check_whole(value, 1, self._n_classes)
+        return fresh
 
     def _prior(self) -> tuple[float, ...]:
         """Log of the painted share of each class, damped, less that of equal shares."""
@@ -370,6 +541,26 @@ class Trainer:
         # A class without strokes (yet) keeps what the network thinks of it.
         log = np.log(np.where(share > 0, share, 1 / self._n_classes) * self._n_classes)
         return tuple(float(v) for v in self._config.prior * self._config.balance * log)
+
+
+def is_scored(step: int) -> bool:
+    """Return whether the held-out score is measured after this step."""
+    return step > 0 and step % _SCORE_EVERY == 0
+
+
+def _load(network: torch.nn.Module, arrays: dict[str, NDArray[Any]]) -> None:
+    with torch.no_grad():
+        for name, own in network.state_dict().items():
+            own.copy_(_copied(arrays[name], own))
+
+
+@torch.no_grad()
+def _copied(array: NDArray[Any], like: Tensor) -> Tensor:
+    """Return a tensor of these values in the type and layout of `like`."""
+    value = torch.from_numpy(np.array(array))
+    if value.shape != like.shape or value.dtype != like.dtype:
+        raise ValueError("its weights do not fit its network.")
+    return torch.empty_like(like).copy_(value)
 
 
 def _inner(x: Tensor, margin: int) -> Tensor:

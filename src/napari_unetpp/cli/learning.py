@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from napari_unetpp import io
-from napari_unetpp.cli.console import Console, count
-from napari_unetpp.errors import SaveError
+from napari_unetpp.cli.console import Console, count, quoted
+from napari_unetpp.errors import DeviceMemoryError, SaveError
 
 if TYPE_CHECKING:
+    from argparse import Namespace
     from collections.abc import Generator, Iterator
 
     from napari_unetpp.api import Model, TrainStep
+    from napari_unetpp.checkpoint import Rolling
 
 SECONDS = 30.0  # without --seconds and --steps
 
@@ -91,6 +93,27 @@ def learn(
                 console.tell(
                     "stopping; the model will be saved. Ctrl-C again ends at once."
                 )
+
+
+@contextmanager
+def resumable(console: Console, options: Namespace, rolling: Rolling) -> Iterator[None]:
+    """Tell how to go on with a training that something has ended too early."""
+    try:
+        yield
+    except (KeyboardInterrupt, DeviceMemoryError, SaveError):
+        tell_resume(console, options, rolling)
+        raise
+
+
+def tell_resume(console: Console, options: Namespace, rolling: Rolling) -> None:
+    """Tell how to go on, if there is something to go on with."""
+    rolling.wait()
+    if rolling.exists():
+        replace = " --overwrite" if options.out.exists() else ""
+        console.tell(
+            f"the training is kept in {quoted(rolling.path)}; to go on, give the same "
+            f"command with --resume{replace}."
+        )
 
 
 def summary(model: Model) -> dict[str, Any]:

@@ -152,6 +152,23 @@ def _train(command: argparse.ArgumentParser) -> None:
         "--width", type=int, metavar="N", help="channels of the first level"
     )
     command.add_argument("--levels", type=int, metavar="N", help="number of poolings")
+    command.add_argument(
+        "--checkpoint", type=Path, metavar="FILE",
+        help="what is written every minute, and deleted when the model is saved "
+        "(default: MODEL.checkpoint.safetensors)",
+    )  # fmt: skip
+    command.add_argument(
+        "--checkpoint-seconds", type=float, default=60.0, metavar="S",
+        help="time between two checkpoints (default: 60)",
+    )  # fmt: skip
+    command.add_argument(
+        "--resume", action="store_true",
+        help="go on with the checkpoint of the same command, exactly where it stood",
+    )  # fmt: skip
+    command.add_argument(
+        "--changed-data", action="store_true",
+        help="resume although images or annotations are others than before",
+    )  # fmt: skip
     _add_overwrite(command)
 
 

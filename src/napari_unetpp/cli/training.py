@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from napari_unetpp import batch, io
+from napari_unetpp.checkpoint import Rolling
 from napari_unetpp.cli import jobs, learning
 from napari_unetpp.cli.console import REPLACE, count, plain, quoted, score, table
 from napari_unetpp.config import NetConfig, working_config
@@ -28,6 +29,7 @@ _DEMO_NETWORK = "unet"  # learns most in half a minute
 def train(options: Namespace, console: Console) -> int:
     """Learn from annotated images and write the model."""
     pairs, pictures, coded = _training_files(options, console)
+    rolling = _checkpoint(options, pairs)
     from napari_unetpp import api
 
     base = api.load_model(options.base) if options.base else None
@@ -39,7 +41,7 @@ def train(options: Namespace, console: Console) -> int:
             classes = ("background", "foreground")
     _tell_channels(pictures, console)
     limit = learning.limits(options.seconds, options.steps)
-    with learning.stoppable() as stop:
+    with learning.stoppable() as stop, learning.resumable(console, options, rolling):
         training = api.train_steps(
             [p.pixels for p in pictures],
             annotations.arrays,
@@ -51,6 +53,10 @@ def train(options: Namespace, console: Console) -> int:
             seed=options.seed,
             device=options.device,
             stop=stop,
+            checkpoint=rolling.path,
+            checkpoint_seconds=options.checkpoint_seconds,
+            resume=options.resume,
+            changed_data=options.changed_data,
             **limit,
         )
         console.note(
@@ -58,6 +64,10 @@ def train(options: Namespace, console: Console) -> int:
         )
         model = learning.learn(console, training, stop, **limit)
         learning.save(model, options.out, overwrite=options.overwrite)
+        if stop.is_set():
+            learning.tell_resume(console, options, rolling)
+        else:
+            rolling.remove()
     facts = {"model": str(options.out), **learning.summary(model)}
     console.result(
         {**facts, "images": len(pairs), "stopped": stop.is_set()},
@@ -106,6 +116,24 @@ def _training_files(
             f"`{io.shown(odd.path)}` {odd.channels}."
         )
     return pairs, pictures, jobs.read_annotations(pairs, pictures)
+
+
+def _checkpoint(options: Namespace, pairs: Sequence[tuple[Path, Path]]) -> Rolling:
+    """Return where checkpoints go; a training that did not end is never lost."""
+    if options.changed_data and not options.resume:
+        raise ValueError("--changed-data says how to go on: add --resume.")
+    path = options.checkpoint or options.out.with_suffix(".checkpoint.safetensors")
+    inputs = [options.out, *(file for pair in pairs for file in pair)]
+    batch.check_output(path, [*inputs, options.base or inputs[0]], overwrite=True)
+    rolling = Rolling(path)
+    if rolling.exists() and not options.resume:
+        if not options.overwrite:
+            raise ValueError(
+                f"`{io.shown(path)}` is the checkpoint of a training that did not end. "
+                "Pass --resume to go on with it, or --overwrite to begin anew."
+            )
+        rolling.remove()
+    return rolling
 
 
 def _network(

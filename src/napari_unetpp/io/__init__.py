@@ -6,6 +6,7 @@ from napari_unetpp.io.files import (
     list_images,
     opened,
     pair_by_stem,
+    rotate,
     shown,
     write_text,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "probe",
     "read_image",
     "read_labels",
+    "rotate",
     "shown",
     "write_labels",
     "write_png",

@@ -104,6 +104,26 @@ def atomic_write(
     _sync_folder(target.parent)
 
 
+def rotate(new: Path, path: Path, old: Path) -> None:
+    """Give `new` the name `path`, and what stood there before the name `old`.
+
+    Raises
+    ------
+    SaveError
+        If the disk refuses; no content is lost, though it may keep its other name.
+    """
+    try:
+        if path.exists():
+            _replace(path, old)
+        _replace(new, path)
+    except OSError as error:
+        raise SaveError(
+            f"`{shown(path)}` could not be renamed: {error.strerror}. Its content is "
+            f"in `{shown(new)}`, or already there."
+        ) from error
+    _sync_folder(path.parent)
+
+
 def write_text(
     path: str | os.PathLike[str], text: str, *, overwrite: bool = False
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from contextlib import contextmanager
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from napari_unetpp import io
+from napari_unetpp.checkpoint import Rolling, check_whole, not_usable, telling
 from napari_unetpp.config import TrainConfig
 from napari_unetpp.device import describe, is_out_of_memory, resolve_device
 from napari_unetpp.errors import DeviceMemoryError
@@ -16,18 +19,22 @@ from napari_unetpp.examples import ExampleBook, Examples
 from napari_unetpp.heldout import HeldOut, count
 from napari_unetpp.live.preview import Preview
 from napari_unetpp.messages import Message, Progress, Snapshot, Started, Waiting
-from napari_unetpp.model import Model, TrainStep, check_classes
-from napari_unetpp.train import starting_model, train_steps
+from napari_unetpp.model import Model, TrainStep, check_classes, from_file
+from napari_unetpp.train import go_on, history_of, starting_model, train_steps
 from napari_unetpp.trainer import Trainer
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Generator, Iterator, Sequence
 
     import torch
 
+    from napari_unetpp.checkpoint import Checkpoint
     from napari_unetpp.config import NetConfig
     from napari_unetpp.messages import Mailbox, Strokes, Wishes
     from napari_unetpp.train import Stop
+
+_log = logging.getLogger("napari_unetpp")
 
 _FIRST = 0.6  # s of training before the first prediction
 _SHARE = 0.12  # of the time since new weights are shown is prediction's, ...
@@ -50,6 +57,9 @@ def live_steps(
     seed: int = 0,
     device: str | torch.device | None = None,
     stop: Stop | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_seconds: float = 60.0,
+    resume: bool = False,
 ) -> Generator[Message, None, Model | None]:
     """Learn from strokes while they are painted, and predict what is looked at.
 
@@ -76,6 +86,13 @@ def live_steps(
         None: the fastest there is.
     stop : object with ``is_set()``, optional
         Asked after every step and tile.
+    checkpoint, checkpoint_seconds
+        As for `train_steps`; also written when the training pauses.
+    resume : bool, optional
+        Go on with the training whose `checkpoint` this is: with its network, settings
+        and seed in place of `model`, `network`, `config` and `seed`, from the strokes
+        as they are now. Where they are the same, what is learned is bit for bit what
+        would have been learned; where classes were added, the optimizer starts anew.
 
     Yields
     ------
@@ -90,11 +107,17 @@ def live_steps(
 
     Raises
     ------
-    ValueError, TrainingError, DeviceMemoryError
+    ValueError, TrainingError, DeviceMemoryError, SaveError, ModelFileError
         As `train_steps`.
     """
     import torch._dynamo  # noqa: F401  # any optimizer imports it at its first step
 
+    rolling = None if checkpoint is None else Rolling(checkpoint, checkpoint_seconds)
+    found = rolling.begin(resume) if rolling else None
+    if rolling and found:
+        model = from_file(found.model, io.shown(rolling.path))
+        model.provenance["digest"] = found.run.get("parent")
+        config, seed = _run_of(found, rolling)
     axes = [None] * len(images) if channel_axes is None else list(channel_axes)
     scaling = model.preprocessing if model is not None else None
     book = ExampleBook(images, axes, names=names, preprocessing=scaling)
@@ -102,10 +125,21 @@ def live_steps(
     session = _Session(
         book, model, network, config or TrainConfig(), seed, resolve_device(device)
     )
+    if rolling:
+        session.keep_in(rolling, found)
     while stop is None or not stop.is_set():
         wishes = mailbox.latest()
         try:
             yield from session.advance(wishes)
+            session.keep()
+            if session.idle:
+                if showing and not wishes.training and session.untrained:
+                    break
+                mailbox.wait(_BEAT)
+                yield session.waiting
+        except GeneratorExit:
+            session.keep(last=True)
+            raise
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -113,12 +147,17 @@ def live_steps(
                 "The device has no memory left for this. Choose a smaller network or "
                 "depth, close other programs, or choose the CPU."
             ) from None
-        if session.idle:
-            if showing and not wishes.training and session.untrained:
-                break
-            mailbox.wait(_BEAT)
-            yield session.waiting
+    session.keep(last=True)
     return session.result()
+
+
+def _run_of(found: Checkpoint, rolling: Rolling) -> tuple[TrainConfig, int]:
+    """Return the settings and the seed of a checkpoint."""
+    try:
+        seed = check_whole(found.run["seed"], 0, 2**63 - 1)
+        return TrainConfig.from_dict(found.run["settings"]), seed
+    except (ValueError, TypeError, KeyError) as error:
+        raise not_usable(io.shown(rolling.path), error) from None
 
 
 def warm_up(device: str | torch.device | None = None) -> Generator[None, None, str]:
@@ -184,6 +223,9 @@ class _Session:
         self._clock = _Clock()
         self._preview: Preview | None = None
         self._unpriced: list[int] = []
+        self._rolling: Rolling | None = None
+        self._found: Checkpoint | None = None  # until its training goes on
+        self._before = 0.0  # s of training in earlier processes
         self.waiting = Waiting("")
         self.idle = False
         channels = book.sources[0].channels
@@ -255,6 +297,7 @@ class _Session:
             return
         self._examples = self._book.read(strokes)
         base = self.result()
+        resumed = self._trainer.resumed if self._trainer is not None else []
         if base is not None and len(base.classes) > len(classes):
             raise ValueError(
                 f"The model has {len(base.classes)} classes, the table "
@@ -272,6 +315,8 @@ class _Session:
             seed=self._seed,
             device=self._device,
         )
+        self._trainer.resumed = resumed
+        self._go_on(base)
         self._clock.urgent()
         yield self._started(self._base)
 
@@ -281,16 +326,69 @@ class _Session:
             model.config.name, describe(self._device), tuple(model.network.depths)
         )
 
+    # --- checkpoints --------------------------------------------------------------
+
+    def keep_in(self, rolling: Rolling, found: Checkpoint | None) -> None:
+        """Write checkpoints there, and go on with the one that was found there."""
+        self._rolling, self._found = rolling, found
+        if found is not None and self._base is not None:
+            self._history = history_of(found)
+            self._before = found.seconds
+            self._base.history = tuple(self._history)
+
+    def keep(self, *, last: bool = False) -> None:
+        """Write a checkpoint if it is time, if training pauses, or if it ends."""
+        rolling, trainer = self._rolling, self._trainer
+        if rolling is None or trainer is None or self._examples is None:
+            return
+        if last:
+            rolling.wait()
+        steps = len(self._history)
+        ends = (last or self.idle) and rolling.lacks(steps, retry=last)
+        if rolling.due(steps) or ends:
+            model = self.result()
+            with telling(rolling):
+                if model is not None:
+                    found = trainer.checkpoint(model, self._examples)
+                    rolling.keep(found, wait=last)
+
+    def _go_on(self, base: Model | None) -> None:
+        """Give a new trainer what the checkpoint of `base` knows, while that fits."""
+        found, self._found = self._found, None
+        trainer, examples = self._trainer, self._examples
+        if not (found and base and self._rolling and trainer and examples):
+            return
+        now = len(self._base.classes) if self._base else 0
+        if now == len(base.classes):
+            go_on(
+                trainer,
+                examples,
+                found,
+                self._rolling,
+                changed_data=True,
+                free={"classes"},
+            )
+            return
+        other = f"classes: {len(base.classes)} then, {now} now"
+        trainer.resumed = [{"step": found.steps, "differs": [other]}]
+        _log.warning(
+            "The training continues from the weights of step %d; the optimizer starts "
+            "anew (%s).", found.steps, other,
+        )  # fmt: skip
+
     # --- training -----------------------------------------------------------------
 
     def _train(self) -> Progress:
         if self._trainer is None:
             raise ValueError("There is nothing to train: no strokes were taken over.")
-        with self._clock.training():
+        with self._clock.training(), telling(self._rolling):
             loss = self._trainer.step()
         self._history.append(
             TrainStep(
-                len(self._history) + 1, loss, self._clock.seconds, self._trainer.score
+                len(self._history) + 1,
+                loss,
+                self._before + self._clock.seconds,
+                self._trainer.score,
             )
         )
         estimates = tuple(self._trainer.estimates.items())
