@@ -3,9 +3,12 @@
     python benchmarks/strokes.py --data ../shared/data --out benchmarks/strokes.jsonl
     python benchmarks/strokes.py --print benchmarks/strokes.jsonl
 
-Every run appends one line of JSON, so that a broken off benchmark goes on where it was.
-Seconds are wall seconds of training on two threads: reading of arrays, normalisation,
-sampling and steps included, imports, prediction and scoring not.
+A method with "-scratch" at its end starts from random weights, the others from those
+that ship, where a network has some. Every run appends one line of JSON, so that a
+broken off benchmark goes on where it was. Seconds are wall seconds of training:
+reading of arrays, normalisation, sampling and steps included, imports, prediction and
+scoring not. On a machine that others share, `--ms` lets a step count as that long, as
+measured on the same machine at rest.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import csv
 import json
 import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +33,10 @@ from skimage.feature import multiscale_basic_features
 from sklearn.ensemble import RandomForestClassifier
 
 from napari_unetpp import api
-from napari_unetpp.config import TrainConfig, working_config
+from napari_unetpp.config import TrainConfig
 from napari_unetpp.examples import read_examples
-from napari_unetpp.model import Model, create_model
+from napari_unetpp.model import Model
+from napari_unetpp.train import starting_model
 from napari_unetpp.trainer import Trainer
 
 TASKS = (
@@ -48,7 +52,7 @@ TASKS = (
     "usiigaci_phc",
     "sandstone",
 )
-TIMES = (2.0, 5.0, 10.0, 30.0, 60.0)
+TIMES = (2.0, 5.0, 10.0, 30.0, 60.0, 120.0)
 NUCLEI = ("08ae2741df2f5ac8", "20b20ab049372d18", "4d40de30a3db3bc4")
 RIM = {"ctc_dic_hela": 50}
 FORESTS: tuple[dict[str, Any], ...] = (
@@ -139,22 +143,32 @@ def run_network(
     seed: int,
     times: tuple[float, ...],
     config: TrainConfig,
-    **changes: Any,
+    ms: float | None = None,
 ) -> dict[str, Any]:
     """Train once and score what a user would be shown at each time."""
     clock = time.perf_counter()
     examples = read_examples(task.images, task.strokes, channel_axis=task.channel_axis)
-    net = working_config(network, len(examples.images[0]), task.n_classes)
-    start = create_model(
-        replace(net, **changes),
-        classes=[str(i + 1) for i in range(task.n_classes)],
-        seed=seed,
+    name = network.removesuffix("-scratch")
+    start = starting_model(
+        None,
+        name,
+        tuple(str(i + 1) for i in range(task.n_classes)),
+        len(examples.images[0]),
+        0,
+        seed,
+        pretrained=name == network,
     )
     trainer = Trainer(start, examples, config, seed=seed, device=torch.device("cpu"))
     outside = 0.0
     rows = []
+
+    def over(limit: float) -> bool:
+        if ms is not None:
+            return trainer.steps * ms >= limit * 1000
+        return time.perf_counter() - clock - outside >= limit
+
     for limit in times:
-        while time.perf_counter() - clock - outside < limit:
+        while not over(limit):
             trainer.step()
         began = time.perf_counter()
         seconds = began - clock - outside
@@ -279,10 +293,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/strokes.jsonl"))
-    parser.add_argument("--methods", default="forest,unet,unet++,fcn-8s")
+    parser.add_argument("--methods", default="forest,unet,unet++,unet++-scratch,fcn-8s")
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--ms", type=float, help="milliseconds that a step counts")
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--print", dest="only_print", type=Path)
     args = parser.parse_args()
     out = args.only_print or args.out
@@ -292,7 +308,7 @@ def main() -> None:
         else []
     )
     if args.only_print is None:
-        torch.set_num_threads(2)
+        torch.set_num_threads(args.threads)
         done = {(r["task"], r["method"], r["seed"]) for r in lines}
         times = tuple(t for t in TIMES if t <= args.seconds)
         for seed in range(args.seeds):
@@ -305,7 +321,9 @@ def main() -> None:
                     run = (
                         run_forest(task, seed, scaled=method == "forest")
                         if method.startswith("forest")
-                        else run_network(task, method, seed, times, TrainConfig())
+                        else run_network(
+                            task, method, seed, times, TrainConfig(), args.ms
+                        )
                     )
                     lines.append(run)
                     with out.open("a") as file:

@@ -42,8 +42,9 @@ TABLE = {
     "checkpoint": "modelfile io config errors",
     "trainer": "model checkpoint losses augment sampling heldout score examples"
     " device config errors",
-    "train": "trainer model networks checkpoint examples preprocess device io config"
-    " errors",
+    "pretrained": "model networks",
+    "train": "trainer pretrained model networks checkpoint examples preprocess device"
+    " io config errors",
     "predict": "model networks preprocess device config errors",
     "messages": "model score",  # for its types alone: it is free of torch
     "live": "+train +predict trainer messages heldout",

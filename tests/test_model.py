@@ -593,3 +593,19 @@ def test_the_stored_output_is_small_and_not_constant(tmp_path: Path) -> None:
         assert output.dtype == np.float32
         assert 40 <= output.size <= 4096
         assert output.std() > 1e-3
+
+
+def test_half_precision_halves_the_file_and_predicts_the_same(tmp_path: Path) -> None:
+    model = make()
+    model.save(tmp_path / "whole.safetensors")
+    model.save(tmp_path / "half.safetensors", half=True)
+    sizes = [(tmp_path / f"{n}.safetensors").stat().st_size for n in ("whole", "half")]
+    assert sizes[1] < 0.6 * sizes[0]
+    weight = next(iter(model.network.parameters()))
+    before = weight.detach().clone()
+    loaded = load_model(tmp_path / "half.safetensors")
+    assert torch.equal(weight, before)
+    assert all(p.dtype == torch.float32 for p in loaded.network.parameters())
+    np.testing.assert_allclose(
+        predict_proba(loaded, IMAGE), predict_proba(model, IMAGE), atol=0.02
+    )

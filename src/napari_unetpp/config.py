@@ -250,6 +250,9 @@ class TrainConfig(Settings):
 
     Attributes
     ----------
+    pretrained : bool
+        Start a new network from the weights that ship, where its kind and size have
+        some (the default UNet++ has); False: from random ones.
     patch, batch : int
         Side of a training patch in pixels, and patches per step.
     optimizer : {"adamw", "adam", "sgd"}
@@ -297,6 +300,7 @@ class TrainConfig(Settings):
         Half precision where the device computes in it: GPUs and some CPUs.
     """
 
+    pretrained: bool = True
     patch: int = 128
     batch: int = 4
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
@@ -359,7 +363,7 @@ class TrainConfig(Settings):
         }
         for name, (low, high) in limits.items():
             check_number(name, getattr(self, name), low, high)
-        for name in ("flip", "right_angles", "mixed_precision"):
+        for name in ("pretrained", "flip", "right_angles", "mixed_precision"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(
                     f"`{name}` must be True or False, got {getattr(self, name)!r}."

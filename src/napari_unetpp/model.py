@@ -130,7 +130,13 @@ class Model:
         )
         return small
 
-    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
+        half: bool = False,
+    ) -> None:
         """Write one self-describing safetensors file, atomically.
 
         Parameters
@@ -139,6 +145,9 @@ class Model:
             Usually ending in ``.safetensors``.
         overwrite : bool, optional
             Whether a file of that name may be replaced.
+        half : bool, optional
+            Store the weights in half precision: half the size, and what is loaded
+            predicts with the rounded weights.
 
         Raises
         ------
@@ -146,10 +155,17 @@ class Model:
             If the file exists and `overwrite` is False, or cannot be written; whatever
             stood there is still there.
         """
-        file = self.contents()
+        model = self.copy() if half else self
+        if half:
+            model.network.half().float()
+        file = model.contents()
+        tensors = {
+            name: v.astype(np.float16) if half and v.dtype.kind == "f" else v
+            for name, v in file.tensors.items()
+        }
         modelfile.write(
             path,
-            {**file.tensors, _TEST: _test_output(self.network)},
+            {**tensors, _TEST: _test_output(model.network)},
             config=file.config,
             provenance=file.provenance,
             overwrite=overwrite,

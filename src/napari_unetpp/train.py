@@ -38,6 +38,7 @@ from napari_unetpp.model import (
     from_file,
 )
 from napari_unetpp.networks import build_network
+from napari_unetpp.pretrained import start_from_pretrained
 from napari_unetpp.trainer import Trainer, is_scored
 
 if TYPE_CHECKING:
@@ -176,8 +177,10 @@ def train_steps(
     )
     names = _class_names(classes, model, examples, 0 if unlabelled is None else 1)
     channels = len(examples.images[0])
-    start = starting_model(model, network, names, channels, unlabelled, seed)
     config = config or TrainConfig()
+    start = starting_model(
+        model, network, names, channels, unlabelled, seed, pretrained=config.pretrained
+    )
     found = rolling.begin(resume) if rolling else None
     if found and "held_out" in found.model.provenance:
         # Strokes that have changed since must not choose other places.
@@ -465,6 +468,8 @@ def starting_model(
     channels: int,
     unlabelled: int | None,
     seed: int,
+    *,
+    pretrained: bool,
 ) -> Model:
     """Return what a training starts from, its own copy; ValueError if it cannot."""
     if model is None:
@@ -476,7 +481,10 @@ def starting_model(
                 f"`network` takes {network.in_channels} channel(s), the images have "
                 f"{channels}."
             )
-        return create_model(network, classes=names, unlabelled=unlabelled, seed=seed)
+        fresh = create_model(network, classes=names, unlabelled=unlabelled, seed=seed)
+        if pretrained:
+            fresh.provenance["digest"] = start_from_pretrained(fresh.network)
+        return fresh
     if model.config.in_channels != channels:
         raise ValueError(
             f"`images` must have {model.config.in_channels} channel(s) for this model, "

@@ -64,6 +64,12 @@ class Advanced(QWidget):
         self._patch.setSuffix(" px")
         self._patch.setValue(default.patch)
         self._patch.setToolTip("Side of the patches that are trained on, in pixels.")
+        self._pretrained = _check(
+            "Start from pre-trained weights",
+            "UNet++ of the default size starts with weights that have seen nuclei of "
+            "many kinds, which helps on most images; else from random ones.",
+        )
+        self._pretrained.setChecked(default.pretrained)
         self._elastic = _check(
             "Elastic deformation",
             "Bend, turn and scale the patches after the first steps.",
@@ -87,6 +93,7 @@ class Advanced(QWidget):
         form.addRow("Patch", self._patch)
         form.addRow("Draw to edges", self._edges)
         form.addRow(self._elastic)
+        form.addRow(self._pretrained)
         self._learning = QWidget()
         self._learning.setLayout(form)
         self._fold = QCollapsible("Advanced")
@@ -118,6 +125,7 @@ class Advanced(QWidget):
             "learning_rate": round(self._rate.value(), 5),
             "patch": int(self._patch.value()),
             "edges": round(self._edges.value(), 2),
+            "pretrained": self._pretrained.isChecked(),
         }
         if not self._elastic.isChecked():
             chosen |= {"elastic_sigma": 0.0, "rotation": 0.0, "scale": 0.0}
@@ -132,6 +140,7 @@ class Advanced(QWidget):
             self._patch,
             self._edges,
             self._elastic,
+            self._pretrained,
         ):
             widget.setEnabled(not running)
 

@@ -91,6 +91,10 @@ def _add_limits(command: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     command.add_argument("--steps", type=int, metavar="N", help="steps to train")
     command.add_argument(
+        "--from-scratch", action="store_true",
+        help="start from random weights instead of pre-trained ones",
+    )  # fmt: skip
+    command.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of all chance (default: 0)"
     )
     _add_device(command)

@@ -11,7 +11,7 @@ from napari_unetpp import batch, io
 from napari_unetpp.checkpoint import Rolling
 from napari_unetpp.cli import jobs, learning
 from napari_unetpp.cli.console import REPLACE, count, plain, quoted, score, table
-from napari_unetpp.config import NetConfig, working_config
+from napari_unetpp.config import NetConfig, TrainConfig, working_config
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -50,6 +50,7 @@ def train(options: Namespace, console: Console) -> int:
             classes=classes,
             unlabelled=annotations.unlabelled,
             channel_axis=pictures[0].channel_axis,
+            config=TrainConfig(pretrained=not options.from_scratch),
             seed=options.seed,
             device=options.device,
             stop=stop,
@@ -91,10 +92,10 @@ def _training_files(
             f"`{io.shown(options.out)}`. Add the ending."
         )
     given = [options.width, options.levels, options.network]
-    if options.base and any(value is not None for value in given):
+    if options.base and (options.from_scratch or any(v is not None for v in given)):
         raise ValueError(
-            "--from goes on with a model and its network. Leave out --network, --width "
-            "and --levels."
+            "--from goes on with a model and its network. Leave out --network, "
+            "--width, --levels and --from-scratch."
         )
     pairs = jobs.find_pairs(
         options.images, options.annotations, "IMAGES and ANNOTATIONS"
@@ -203,6 +204,7 @@ def demo(options: Namespace, console: Console) -> int:
             network=options.network or _DEMO_NETWORK,
             classes=sample.classes,
             channel_axis=sample.channel_axis,
+            config=TrainConfig(pretrained=not options.from_scratch),
             seed=options.seed,
             device=options.device,
             stop=stop,

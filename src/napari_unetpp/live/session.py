@@ -305,7 +305,13 @@ class _Session:
             )
         channels = len(self._examples.images[0])
         self._base = starting_model(
-            base, self._network, classes, channels, 0, self._seed
+            base,
+            self._network,
+            classes,
+            channels,
+            0,
+            self._seed,
+            pretrained=self._config.pretrained,
         )
         self._base.classes = classes
         self._trainer = Trainer(
