@@ -20,7 +20,7 @@ from qtpy.QtGui import QDropEvent
 from qtpy.QtWidgets import QCheckBox, QLabel, QPushButton, QRadioButton, QWidget
 
 from napari_unetpp import api, io
-from napari_unetpp._widgets import _predict_run, predict_dock
+from napari_unetpp._widgets import _predict_run, offer, predict_dock
 from napari_unetpp._widgets._layers import OURS
 from napari_unetpp._widgets._worker import Runner
 from napari_unetpp._widgets.predict_dock import PredictDock
@@ -332,6 +332,44 @@ def test_what_is_missing_is_told_at_once(
     assert "folder for the label TIFFs" in predict(qtbot, dock)
     assert core.requests == []
     assert len(told) == 4
+
+
+# --- the model on offer ----------------------------------------------------------
+
+
+def test_a_model_that_was_just_trained_labels_without_a_file(
+    viewer: Any, dock: PredictDock, qtbot: Any, model_file: Path
+) -> None:
+    model = api.load_model(model_file)
+    viewer.add_image(grey(40, 48))
+    offer.newest.put(model)
+    assert "just trained, not saved" in dock.form.facts.text()
+    assert "just trained" in dock.form.model.placeholderText()
+    assert predict(qtbot, dock).startswith("1 image labelled")
+    expected = api.predict(model, grey(40, 48))
+    np.testing.assert_array_equal(results(viewer)[0].data, expected)
+    offer.newest.put(None)
+    assert "just trained" not in dock.form.facts.text()
+    assert "model file" in predict(qtbot, dock)
+
+
+def test_the_field_follows_the_offer_until_the_user_chooses(
+    dock: PredictDock, core: FakeCore, qtbot: Any, tmp_path: Path
+) -> None:
+    del core
+    field = dock.form.model
+    for name in ("a.safetensors", "b.safetensors"):
+        offer.newest.put(tmp_path / name)
+        wait_idle(qtbot, dock)
+        assert field.path() == tmp_path / name
+        assert dock._facts == FACTS
+    choose(qtbot, dock, tmp_path / "mine.safetensors")
+    offer.newest.put(tmp_path / "c.safetensors")
+    assert field.path() == tmp_path / "mine.safetensors"
+    dock._close()
+    field.clear()
+    offer.newest.put(tmp_path / "d.safetensors")  # nobody listens
+    assert field.text() == ""
 
 
 # --- the list of images ----------------------------------------------------------

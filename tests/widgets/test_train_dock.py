@@ -16,7 +16,7 @@ from qtpy.QtGui import QGuiApplication, QMouseEvent
 from qtpy.QtWidgets import QApplication
 
 from napari_unetpp import api
-from napari_unetpp._widgets import _layers, _worker
+from napari_unetpp._widgets import _layers, _worker, offer
 from napari_unetpp._widgets.train_dock import TrainDock
 from napari_unetpp.errors import TrainingError
 from napari_unetpp.messages import Prediction, Progress, Snapshot, Started
@@ -148,6 +148,7 @@ def test_a_first_session_with_the_mouse(qtbot: Any, wait: Any, open_dock: Any) -
     expected = api.predict(dock.link.model, picture(), device="cpu")
     np.testing.assert_array_equal(predictions(dock)[0].data, expected)
     assert dock.status.text().startswith("Model: ")
+    assert offer.newest.model is not None  # for the other dock
     assert dock.link.model.classes == ("background", "foreground")
 
 
@@ -343,6 +344,7 @@ def test_a_model_is_saved_while_it_trains_and_loaded_again(
     path = str(tmp_path / "cells")
     dock.files.write(dock.link.model, path)
     assert "Saved cells.safetensors" in told[-1]
+    assert offer.newest.path == tmp_path / "cells.safetensors"
     dock.files.write(dock.link.model, path)  # the dialog asked about another name
     assert "exists" in dock.coach.text()
     dock.link.stop()

@@ -65,7 +65,6 @@ class PredictForm(QWidget):
 
     def _model_part(self) -> QWidget:
         self.model = PathEdit("The file of a trained model.")
-        self.model.setPlaceholderText("none yet")
         self.model.chosen.connect(self.model_chosen)
         browse = _browse("&Browse…", "Choose the file of a trained model.")
         browse.clicked.connect(self._browse_model)
@@ -190,6 +189,11 @@ class PredictForm(QWidget):
         return row
 
     # --- what it shows -----------------------------------------------------------
+
+    def set_offer(self, offered: bool) -> None:
+        """Tell what an empty field of the model means."""
+        text = "the model that was just trained" if offered else "none yet"
+        self.model.setPlaceholderText(text)
 
     def set_depths(self, depths: Sequence[int]) -> None:
         """Offer these depths, the deepest first chosen; nothing for a single one."""

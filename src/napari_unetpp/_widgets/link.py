@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from qtpy.QtCore import QObject, QTimer, Signal
 
-from napari_unetpp._widgets import _layers
+from napari_unetpp._widgets import _layers, offer
 from napari_unetpp._widgets._worker import Outcome, Runner, busy_with, is_busy
 from napari_unetpp.messages import (
     Mailbox,
@@ -512,6 +512,8 @@ class LiveLink(QObject):
             self._next = None
         if outcome.result is not None:
             self.model = outcome.result
+        if self._kind == "training" and self.model is not None:
+            offer.newest.put(self.named())
         self._mailbox = None
         self._set("idle")
         if outcome.failure is not None:

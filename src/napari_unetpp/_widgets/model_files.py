@@ -11,6 +11,7 @@ from qtpy.QtCore import QObject, Signal
 from qtpy.QtGui import QGuiApplication
 from qtpy.QtWidgets import QFileDialog, QWidget
 
+from napari_unetpp._widgets import offer
 from napari_unetpp._widgets._layers import safe
 from napari_unetpp._widgets._worker import Outcome, Runner, failure_of, is_busy
 from napari_unetpp.errors import UnetppError
@@ -78,6 +79,7 @@ class ModelFiles(QObject):
             return target
 
         def then(_: str) -> None:
+            offer.newest.put(Path(target).absolute())
             show_info(safe(f"Saved {Path(target).name}."))
 
         if not is_busy():

@@ -11,6 +11,7 @@ from napari.utils.notifications import show_error, show_info
 from qtpy.QtCore import QEvent, Qt, QTimer
 from qtpy.QtWidgets import QFrame, QScrollArea, QVBoxLayout, QWidget
 
+from . import offer
 from ._image_list import dropped
 from ._layers import OURS, aligned, colormap, image_of, safe
 from ._predict_form import NO_MODEL, PredictForm
@@ -22,6 +23,7 @@ from ._predict_run import (
     Request,
     Source,
     Summary,
+    facts_of,
     read_model,
     run,
 )
@@ -67,6 +69,7 @@ class PredictDock(QWidget):
         self._viewer = getattr(napari_viewer, "__wrapped__", napari_viewer)
         self._facts: Facts | None = None
         self._unread: Path | None = None  # the model file that waits to be read
+        self._taken = ""  # the model file that was offered, not chosen by the user
         self._predicting = False
         self._begun: Begun | None = None
         self._provenance: dict[str, Any] = {}
@@ -96,9 +99,23 @@ class PredictDock(QWidget):
         self._timer.setInterval(_POLL)
         self._timer.timeout.connect(self._poll)
         self._timer.start()
-        self._poll()
+        offer.newest.changed.connect(self._on_offer)
+        self._on_offer()
 
     # --- the model ---------------------------------------------------------------
+
+    def _on_offer(self) -> None:
+        """Follow what the other dock offers until the user chooses a model."""
+        if not self._timer.isActive():
+            return  # closed
+        field, path = self.form.model, offer.newest.path
+        if field.text() == self._taken:
+            self._taken = str(path or "")
+            field.again()  # the same file may hold another model now
+            field.set_path(self._taken)
+            if not self._taken:
+                self._on_model()
+        self.form.set_offer(offer.newest.model is not None)
 
     def _on_model(self) -> None:
         path = self.form.model.path()
@@ -107,6 +124,8 @@ class PredictDock(QWidget):
         self.form.set_depths(())
         self.form.show_text(self.form.facts, "Reading…" if path else NO_MODEL)
         self.form.facts.setToolTip("")
+        if path is None and offer.newest.model is not None:
+            self._show_facts(facts_of(offer.newest.model, None))
         self._poll()
 
     def _poll(self) -> None:
@@ -140,7 +159,7 @@ class PredictDock(QWidget):
             return
         self._layers, self._begun = layers, None
         self._provenance = {
-            "model": request.model.name,
+            "model": getattr(request.model, "name", ""),
             "depth": request.depth,
             "heads": request.heads,
         }
@@ -156,7 +175,7 @@ class PredictDock(QWidget):
     def _asked(self) -> tuple[Request, list[Image]]:
         """Return the settings as they are now, with the layers they speak of."""
         form = self.form
-        model = form.model.path()
+        model = form.model.path() or offer.newest.model
         if model is None:
             raise ValueError("A model file is needed. Press Browse, or drop one here.")
         folder, layers = None, []
@@ -212,7 +231,8 @@ class PredictDock(QWidget):
     def _show_facts(self, facts: Facts) -> None:
         self._facts = facts
         self.form.show_text(self.form.facts, facts.text())
-        self.form.facts.setToolTip(f"The file was saved on {facts.saved}.")
+        saved = f"The file was saved on {facts.saved}." if facts.saved else ""
+        self.form.facts.setToolTip(saved)
         self.form.set_depths(facts.depths)
 
     def _show_failures(self, summary: Summary) -> None:
@@ -352,6 +372,7 @@ class PredictDock(QWidget):
         if not self._timer.isActive():
             self.form.images.open()
             self._timer.start()
+            self._on_offer()
             self.form.bar.hide()
             self.form.progress.hide()
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from napari.utils.notifications import show_error, show_info
 from qtpy.QtCore import QEvent, QTimer
 
-from napari_unetpp._widgets import _layers, keys
+from napari_unetpp._widgets import _layers, keys, offer
 from napari_unetpp._widgets._worker import get_ready
 from napari_unetpp._widgets.classes import are_names
 from napari_unetpp._widgets.coach import advice
@@ -214,6 +215,8 @@ class TrainDock(TrainFace):
     def start_over(self) -> None:
         """Forget the model; the strokes stay."""
         self.link.forget()
+        if offer.newest.model is not None:
+            offer.newest.put(None)
         self._loaded = None
         self._score = None
         self.plot.clear()
@@ -367,6 +370,7 @@ class TrainDock(TrainFace):
         self.start_over()
         self.link.model = model
         self._loaded = path
+        offer.newest.put(Path(path).absolute())
         self._trouble = ""
         self.classes.set_names(model.classes)
         self._on_classes()
