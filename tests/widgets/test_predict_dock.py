@@ -379,7 +379,13 @@ def test_ticks_follow_the_selection_until_the_user_sets_one(
     viewer: Any, dock: PredictDock
 ) -> None:
     images = dock.form.images
-    a, b = viewer.add_image(grey(4, 4), name="a"), viewer.add_image(grey(4, 4))
+    a = viewer.add_image(grey(4, 4), name="a")
+    viewer.layers.selection.clear()
+    dock.form.images.close_list()
+    dock.form.images.tick([])
+    dock.form.images.open()
+    assert images.ticked() == [a]  # there is no other choice
+    b = viewer.add_image(grey(4, 4))
     viewer.add_labels(grey(4, 4))
     assert images.ticked() == [b]
     viewer.layers.selection = {a, b}
@@ -395,6 +401,26 @@ def test_ticks_follow_the_selection_until_the_user_sets_one(
     assert images.ticked() == [a]
     a.name = "c"
     assert images.item(0).text() == "c"
+
+
+@pytest.mark.parametrize("theme", ["dark", "light"])
+def test_the_boxes_are_seen_in_every_theme(
+    viewer: Any, dock: PredictDock, theme: str
+) -> None:
+    viewer.theme = theme
+    viewer.add_image(grey(4, 4), name="a")
+    images = dock.form.images
+    looks = []
+    for state in (Qt.CheckState.Checked, Qt.CheckState.Unchecked):
+        images.item(0).setCheckState(state)
+        shot = images.grab(images.visualItemRect(images.item(0))).toImage()
+        box = range(2, 18)
+        grounds = shot.pixelColor(shot.width() - 3, 3).lightness()
+        lights = [shot.pixelColor(x, y).lightness() for x in box
+                  for y in range(shot.height())]  # fmt: skip
+        looks.append(sum(abs(light - grounds) > 40 for light in lights))
+    assert looks[1] > 20  # the frame
+    assert looks[0] > looks[1]  # and what fills it
 
 
 def test_foreign_names_are_short_plain_text(viewer: Any, dock: PredictDock) -> None:
@@ -532,7 +558,7 @@ def test_a_real_folder_with_a_damaged_file(
         (folder / f"{name}.tif").write_bytes(b"II*\0")
     dock.form.out.set_path(tmp_path / "new")
     assert predict(qtbot, dock).startswith("2 of 5 images labelled")
-    assert dock.form.failures.toPlainText().count("\n") == 2
+    assert dock.form.failures.toPlainText().count("\n\n• ") == 2
     assert dock.form.failures.isVisibleTo(dock)
 
 

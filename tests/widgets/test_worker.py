@@ -118,7 +118,7 @@ ERRORS: list[tuple[str, Callable[[], BaseException], str]] = [
     ("make", "says"), [e[1:] for e in ERRORS], ids=[e[0] for e in ERRORS]
 )
 def test_every_error_is_told_in_words_and_the_next_run_works(
-    runner: Any, wait: Any, make: Any, says: str, when: str
+    runner: Any, wait: Any, make: Any, says: str, when: str, caplog: Any
 ) -> None:
     def steps() -> Generator[int, None, None]:
         if when == "after it":
@@ -138,6 +138,8 @@ def test_every_error_is_told_in_words_and_the_next_run_works(
     (outcome,) = runner.ends
     assert outcome.result is None
     assert says in outcome.failure.message
+    # What the user can mend is told in the dock alone.
+    assert bool(caplog.records) != outcome.failure.expected
     assert busy_with() is None
     runner.start(lambda _: iter_of("fine"), title="b")
     wait(lambda: len(runner.ends) == 2)

@@ -172,7 +172,7 @@ class PredictForm(QWidget):
         self.failures.setTabChangesFocus(True)
         self.failures.setAccessibleName("Images that failed")
         self.failures.setToolTip("Images that failed, and why.")
-        self.failures.setFixedHeight(7 * self.fontMetrics().height())
+        self.failures.setFixedHeight(12 * self.fontMetrics().height())
         for widget in (self.busy, self.progress, self.bar, self.result, self.failures):
             widget.hide()
         buttons = _row(self.start, self.stop)

@@ -102,8 +102,10 @@ class _Run:
         except GeneratorExit:
             raise
         except BaseException as error:  # noqa: BLE001  # the one guard: told, not lost
-            _log.error("A run failed:\n%s", traceback.format_exc())
-            outcome = Outcome(failure=failure_of(error))
+            failure = failure_of(error)
+            if not failure.expected:  # the others are no faults of ours
+                _log.error("A run failed:\n%s", traceback.format_exc())
+            outcome = Outcome(failure=failure)
         finally:
             self.outcome = outcome
 

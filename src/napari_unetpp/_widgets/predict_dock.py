@@ -236,7 +236,7 @@ class PredictDock(QWidget):
         self.form.set_depths(facts.depths)
 
     def _show_failures(self, summary: Summary) -> None:
-        text = "\n".join(summary.reasons())
+        text = "\n\n".join(f"• {reason}" for reason in summary.reasons())
         if text != self.form.failures.toPlainText():
             self.form.failures.setPlainText(text)
             self.form.failures.setVisible(bool(text))
