@@ -63,6 +63,9 @@ def open_dock(
             viewer.add_layer(layer)
         dock = TrainDock(viewer)
         viewer.window.add_dock_widget(dock, name="dock")
+        if dock.pairs.undecided():  # as a user picks what is painted already
+            (marks,) = [layer for layer in layers if isinstance(layer, Labels)]
+            dock.pairs.set_annotation(0, marks)
         dock.network_box.setCurrentText(network)
         dock.size_box.setCurrentText(size)
         dock.advanced._patch.setValue(32)
@@ -633,6 +636,35 @@ def test_odd_layers_simply_work(kind: str, wait: Any, open_dock: Any) -> None:
     assert predictions(dock)[0].data.shape == image.shape
 
 
+def test_a_segmentation_keeps_its_colours_until_it_is_picked(
+    make_napari_viewer: Any, told: list[str], wait: Any
+) -> None:
+    viewer = make_napari_viewer()
+    viewer.add_image(picture())
+    other = viewer.add_labels(strokes(), name="somebody's nuclei")
+    colours = other.colormap
+    dock = TrainDock(viewer)
+    viewer.window.add_dock_widget(dock, name="dock")
+    assert dock.pairs.pairs()[0].annotation is None
+    assert "Choose the layer with your strokes" in dock.coach.text()
+    dock.train()
+    assert "press New" in told[-1]
+    assert [layer.name for layer in viewer.layers] == ["Image", "somebody's nuclei"]
+    assert other.colormap is colours
+    dock._new_annotation(0)
+    own = dock.pairs.pairs()[0].annotation
+    assert other.colormap is colours
+    own.data[:] = strokes()
+    dock.shut_down()
+    viewer.window.remove_dock_widget(dock)
+    again = TrainDock(viewer)  # knows its own again, painted or not
+    viewer.window.add_dock_widget(again, name="dock")
+    assert again.pairs.pairs()[0].annotation == own
+    again.pairs.set_annotation(0, other)
+    assert other.colormap is not colours
+    wait(lambda: _worker.busy_with() is None)
+
+
 def test_layers_may_be_renamed_moved_and_replaced_while_it_trains(
     wait: Any, open_dock: Any
 ) -> None:
@@ -814,7 +846,7 @@ def test_opening_and_closing_twenty_times_leaves_nothing(
 ) -> None:
     viewer = make_napari_viewer()
     viewer.add_image(picture())
-    viewer.add_labels(strokes())
+    viewer.add_labels(strokes(), metadata={_layers.STROKES: True})
     core = FakeCore(api.create_model("unet", width=4))
     monkeypatch.setattr("napari_unetpp.live.live_steps", core)
 

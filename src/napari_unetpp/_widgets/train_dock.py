@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _DEPTHS = {"unet++": (1, 2, 3, 4)}
+_CHOOSE = (
+    "Choose the layer with your strokes in the list beside the image, or press New for "
+    "an empty one."
+)
 _UNKNOWN = "\N{EN DASH}"
 
 
@@ -174,6 +178,9 @@ class TrainDock(TrainFace):
                 "Open an image first: drop a file on the viewer, or take one of "
                 "File > Open Sample > napari-unetpp."
             )
+            return
+        if self.pairs.undecided():
+            self._tell(_CHOOSE)
             return
         self.pairs.want_annotations()
         for pair in self.pairs.pairs():
@@ -332,6 +339,8 @@ class TrainDock(TrainFace):
             text = self._waiting
         elif not self.pairs.pairs():
             text = "Open an image: drop a file on the viewer, or take a sample."
+        elif self.pairs.undecided():
+            text = _CHOOSE
         else:
             pixels, strokes = self.link.counts()
             text = advice(
