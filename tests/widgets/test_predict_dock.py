@@ -209,7 +209,33 @@ def test_cancel(viewer: Any, ready: PredictDock, core: FakeCore, qtbot: Any) -> 
     assert results(viewer)[0].name == "prediction of x (incomplete)"
     core.gate.release(4)
     assert predict(qtbot, ready).startswith("1 image labelled")
-    assert [layer.visible for layer in results(viewer)] == [False, True]
+    assert [layer.name for layer in results(viewer)] == ["prediction of x"]
+
+
+def test_a_result_is_used_again_unless_it_was_edited(
+    viewer: Any, ready: PredictDock, core: FakeCore, qtbot: Any
+) -> None:
+    core.gate.release(4)
+    predict(qtbot, ready)
+    (first,) = results(viewer)
+    first.name = "mine"  # a name says nothing
+    viewer.layers["x"].scale = (2, 3)
+    copy = viewer.add_labels(first.data.copy(), metadata=dict(first.metadata))
+    core.gate.release(4)
+    predict(qtbot, ready)
+    assert results(viewer) == [first, copy]
+    np.testing.assert_array_equal(first.scale, (2, 3))
+    first.paint((1, 1), 1)
+    edited = first.data.copy()
+    core.gate.release(4)
+    predict(qtbot, ready)
+    np.testing.assert_array_equal(first.data, edited)
+    assert [layer.visible for layer in results(viewer)] == [False, True, True]
+    assert (results(viewer)[-1].data == 2).all()
+    first.undo()  # and is free again
+    core.gate.release(4)
+    predict(qtbot, ready)
+    assert len(results(viewer)) == 3
 
 
 @pytest.mark.parametrize(

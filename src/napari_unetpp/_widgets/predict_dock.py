@@ -5,15 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from napari.layers import Labels
 from napari.utils.notifications import show_error, show_info
 from qtpy.QtCore import QEvent, Qt, QTimer
 from qtpy.QtWidgets import QFrame, QScrollArea, QVBoxLayout, QWidget
 
-from . import offer
+from . import _results, offer
 from ._image_list import dropped
-from ._layers import OURS, aligned, colormap, image_of, safe
+from ._layers import OURS, image_of, safe
 from ._predict_form import NO_MODEL, PredictForm
 from ._predict_run import (
     Begun,
@@ -31,28 +29,12 @@ from ._worker import Failure, Outcome, Runner, busy_with
 from .pairs import plain
 
 if TYPE_CHECKING:
-    from napari.layers import Image
-    from numpy.typing import NDArray
+    from napari.layers import Image, Labels
     from qtpy.QtGui import QDragEnterEvent, QDropEvent
 
 _WIDTH = 320  # px; nothing is cut at this width
 _WARMING = "getting ready"  # a short run, for whose end the next one waits
 _POLL = 300  # ms between two looks whether the thread is free
-
-
-class _Result:
-    """A labels layer that this run made, and the array that it may write to."""
-
-    def __init__(self, layer: Labels) -> None:
-        self.layer = layer
-        self._array: NDArray[np.uint8] = layer.data
-
-    def write(self, viewer: Any, piece: Piece) -> bool:
-        """Write, unless the user has removed the layer or replaced its data."""
-        if self.layer not in viewer.layers or self.layer.data is not self._array:
-            return False
-        self._array[piece.slices] = piece.labels
-        return True
 
 
 class PredictDock(QWidget):
@@ -74,7 +56,8 @@ class PredictDock(QWidget):
         self._begun: Begun | None = None
         self._provenance: dict[str, Any] = {}
         self._layers: list[Image] = []  # what is predicted, the same order
-        self._results: dict[int, _Result] = {}
+        self._folder: Path | None = None  # what is predicted instead of layers
+        self._results: dict[int, _results.Result] = {}
         self._touched: set[int] = set()
         self._made: list[tuple[Image | None, Labels]] = []
         self._runner = Runner(self)
@@ -157,7 +140,7 @@ class PredictDock(QWidget):
             self._predicting = False
             self._poll()
             return
-        self._layers, self._begun = layers, None
+        self._layers, self._folder, self._begun = layers, request.folder, None
         self._provenance = {
             "model": getattr(request.model, "name", ""),
             "depth": request.depth,
@@ -245,8 +228,7 @@ class PredictDock(QWidget):
         if self._begun is None:
             return
         if piece.number not in self._results:
-            layer = self._new_layer(piece, self._begun.facts)
-            self._results[piece.number] = _Result(layer)
+            self._results[piece.number] = self._result_of(piece, self._begun.facts)
         if self._results[piece.number].write(self._viewer, piece):
             self._touched.add(piece.number)
 
@@ -256,17 +238,25 @@ class PredictDock(QWidget):
             layer.refresh(extent=False, thumbnail=False, highlight=False)
         self._touched.clear()
 
-    def _new_layer(self, piece: Piece, facts: Facts) -> Labels:
-        """Add a labels layer of our own; layers that are there are left as they are."""
+    def _result_of(self, piece: Piece, facts: Facts) -> _results.Result:
+        """Return where a result goes: to our own earlier one, else to a new layer."""
         image = self._layers[piece.number - 1] if self._layers else None
-        layer = Labels(
-            np.zeros(piece.shape, np.uint8),
-            name=f"prediction of {piece.title}"[:64],
-            colormap=colormap(len(facts.classes), background=facts.dense),
-            opacity=0.5,
-            metadata={OURS: {"kind": "prediction", **self._provenance}},
-            **(aligned(image, len(piece.shape)) if image is not None else {}),
-        )
+        source = f"{self._folder}/{piece.title}" if image is None else image.unique_id
+        layer = _results.earlier(self._viewer, str(source), piece.shape)
+        if layer is not None:
+            _results.clear(layer, facts, image)
+        else:
+            layer = self._add(_results.new(piece, facts, image), image)
+        layer.metadata[OURS] = {
+            "kind": "prediction",
+            "source": str(source),
+            "self": str(layer.unique_id),
+            **self._provenance,
+        }
+        return _results.Result(layer)
+
+    def _add(self, layer: Labels, image: Image | None) -> Labels:
+        """Add a layer; those that are there are left as they are."""
         for other, old in self._made:  # one result over an image is seen at a time
             if other is image and old in self._viewer.layers:
                 old.visible = False
@@ -304,9 +294,7 @@ class PredictDock(QWidget):
         for number, result in self._results.items():
             if result.layer not in self._viewer.layers:
                 continue
-            if number not in done:
-                result.layer.name = f"{result.layer.name[:51]} (incomplete)"
-            result.layer.refresh()
+            result.finish(complete=number in done)
         self._results, self._layers = {}, []
 
     def _tell_outcome(self, outcome: Outcome) -> None:
