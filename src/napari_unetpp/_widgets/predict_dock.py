@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from napari.utils.notifications import show_error, show_info
-from qtpy.QtCore import QEvent, Qt, QTimer
-from qtpy.QtWidgets import QFrame, QScrollArea, QVBoxLayout, QWidget
+from qtpy.QtCore import QEvent, QTimer
+from qtpy.QtWidgets import QVBoxLayout, QWidget
 
-from . import _results, offer
+from . import _results, offer, room
 from ._image_list import dropped
 from ._layers import OURS, image_of, safe
 from ._predict_form import NO_MODEL, PredictForm
@@ -68,14 +68,9 @@ class PredictDock(QWidget):
         self.form.model_chosen.connect(self._on_model)
         self.form.predict.connect(self._start)
         self.form.cancel.connect(self._cancel)
-        area = QScrollArea()
-        area.setWidgetResizable(True)
-        area.setFrameShape(QFrame.Shape.NoFrame)
-        area.setHorizontalScrollBarPolicy(Qt.ScrollBarPolicy.ScrollBarAlwaysOff)
-        area.setWidget(self.form)
         layout = QVBoxLayout(self)
         layout.setContentsMargins(0, 0, 0, 0)
-        layout.addWidget(area)
+        layout.addWidget(room.Scrolled(self.form))
         self.setMinimumWidth(_WIDTH)
         self.setAcceptDrops(True)
         self._timer = QTimer(self)
@@ -347,7 +342,11 @@ class PredictDock(QWidget):
                 self._close()
             else:
                 self._open()
+                QTimer.singleShot(0, self._share_room)
         return bool(super().event(event))
+
+    def _share_room(self) -> None:
+        room.share(self)
 
     def _close(self) -> None:
         self._timer.stop()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from napari.utils.notifications import show_error, show_info
 from qtpy.QtCore import QEvent, QTimer
 
-from napari_unetpp._widgets import _layers, keys, offer
+from napari_unetpp._widgets import _layers, keys, offer, room
 from napari_unetpp._widgets._worker import get_ready
 from napari_unetpp._widgets.classes import are_names
 from napari_unetpp._widgets.coach import advice
@@ -407,9 +407,15 @@ class TrainDock(TrainFace):
 
     def event(self, event: QEvent) -> bool:
         """Clean up when napari takes the dock away: it sends no close event."""
-        if event.type() == QEvent.Type.ParentChange and self.parent() is None:
-            self.shut_down()
+        if event.type() == QEvent.Type.ParentChange:
+            if self.parent() is None:
+                self.shut_down()
+            else:
+                QTimer.singleShot(0, self._share_room)
         return bool(super().event(event))
+
+    def _share_room(self) -> None:
+        room.share(self)
 
     def shut_down(self) -> None:
         """End the run, and let go of the viewer."""
