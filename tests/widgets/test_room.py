@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 from qtpy.QtCore import QPoint, QPointF, Qt
 from qtpy.QtGui import QWheelEvent
-from qtpy.QtWidgets import QApplication, QDockWidget, QLabel, QScrollArea
+from qtpy.QtWidgets import (
+    QAbstractButton,
+    QApplication,
+    QDockWidget,
+    QLabel,
+    QScrollArea,
+)
 
 from napari_unetpp._widgets import _worker
+from napari_unetpp._widgets.keys import KEYS
 from napari_unetpp._widgets.predict_dock import PredictDock
 from napari_unetpp._widgets.train_dock import TrainDock
 
@@ -82,9 +90,30 @@ def test_nothing_grows_beyond_the_screen_and_nothing_is_cut(
     wait(lambda: area.verticalScrollBar().maximum() > 0)
 
 
+def letters(widgets: Any) -> list[str]:
+    """Return what Alt reaches: the letters behind an &."""
+    found = (re.search(r"&(\w)", widget.text()) for widget in widgets)
+    return [match[1].lower() for match in found if match]
+
+
+def test_no_letter_of_alt_is_given_twice(viewer: Any) -> None:
+    menus = letters(viewer.window._qt_window.menuBar().actions())
+    bar = {*menus, "d"}  # Debug is there only while napari is profiled
+    assert {"f", "v", "w"} <= bar
+    keys = [key[4:].lower() for key in KEYS if key.startswith("Alt-")]
+    docks = []
+    for kind, name in zip((TrainDock, PredictDock), NAMES, strict=True):
+        _, dock = opened(viewer, kind, name)
+        labels = [w for w in dock.findChildren(QLabel) if w.buddy()]
+        docks += letters([*dock.findChildren(QAbstractButton), *labels])
+    assert len(docks) >= 11
+    assert len({*docks, *keys}) == len(docks) + len(keys)
+    assert not bar & {*docks, *keys}
+
+
 def test_the_wheel_scrolls_and_changes_no_value(viewer: Any) -> None:
     _, dock = opened(viewer, TrainDock, "a")
-    for control in (dock.network_box, dock.advanced._seed):
+    for control in (dock.network_box, dock.advanced._seed, dock.depths._slider):
         control.clearFocus()
         event = QWheelEvent(
             QPointF(5, 5), QPointF(5, 5), QPoint(0, -120), QPoint(0, -120),
@@ -94,3 +123,4 @@ def test_the_wheel_scrolls_and_changes_no_value(viewer: Any) -> None:
         QApplication.sendEvent(control, event)
     assert dock.network_box.currentIndex() == 0
     assert dock.advanced.seed() == 0
+    assert dock.depths.depth() == 4

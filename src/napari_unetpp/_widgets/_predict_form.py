@@ -17,7 +17,6 @@ from qtpy.QtWidgets import (
     QPushButton,
     QRadioButton,
     QSizePolicy,
-    QSlider,
     QStackedWidget,
     QVBoxLayout,
     QWidget,
@@ -26,6 +25,7 @@ from qtpy.QtWidgets import (
 from ._image_list import ImageList, PathEdit
 from ._layers import safe
 from ._predict_run import default_out
+from .depths import DepthSlider
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -98,8 +98,7 @@ class PredictForm(QWidget):
         return _column(choice, self._stack)
 
     def _depth_part(self) -> QWidget:
-        self._slider = QSlider(Qt.Orientation.Horizontal)
-        self._slider.setPageStep(1)
+        self._slider = DepthSlider()
         self._slider.setToolTip(
             "How deep the network is computed: L1 is the fastest. The arrow keys move "
             "it."
@@ -116,7 +115,7 @@ class PredictForm(QWidget):
             "as slow as the chosen depth."
         )
         self._depth_part_ = _column(
-            _row(_label("&Depth", self._slider), self._slider, self._depth_name),
+            _row(_label("D&epth", self._slider), self._slider, self._depth_name),
             self.mean,
         )
         return self._depth_part_
@@ -124,7 +123,7 @@ class PredictForm(QWidget):
     def _output_part(self) -> QWidget:
         self.as_layers = QRadioButton("As la&yers")
         self.as_layers.setToolTip("Show each result as a new labels layer.")
-        self.as_files = QRadioButton("As label &TIFFs")
+        self.as_files = QRadioButton("&As label TIFFs")
         self.as_files.setToolTip(
             "Write one 8-bit TIFF per image, never over another file."
         )

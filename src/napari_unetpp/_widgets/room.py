@@ -12,6 +12,7 @@ from qtpy.QtWidgets import (
     QFrame,
     QMainWindow,
     QScrollArea,
+    QSlider,
     QWidget,
 )
 
@@ -59,7 +60,7 @@ class Scrolled(QScrollArea):
         self.setFrameShape(QFrame.Shape.NoFrame)
         self.setHorizontalScrollBarPolicy(Qt.ScrollBarPolicy.ScrollBarAlwaysOff)
         self.setWidget(content)
-        for kind in (QComboBox, QAbstractSpinBox):
+        for kind in (QComboBox, QAbstractSpinBox, QSlider):
             for control in content.findChildren(kind):
                 control.setFocusPolicy(Qt.FocusPolicy.StrongFocus)
                 control.installEventFilter(self)
