@@ -874,6 +874,26 @@ def test_opening_and_closing_twenty_times_leaves_nothing(
     assert len(QApplication.allWidgets()) <= widgets + 5
 
 
+def test_the_plot_follows_the_theme(
+    wait: Any, open_dock: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dock = open_dock(Image(picture()))
+    dock.viewer.window.show()
+    for step in range(1, 20):
+        dock.plot.add(step, 1 / step, 0.5)
+    wait(lambda: dock.plot._plot is not None)
+    grounds = []
+    for theme in ("dark", "light"):
+        dock.viewer.theme = theme
+        shot = dock.plot._plot.widget.grab().toImage()
+        grounds.append(shot.pixelColor(1, 1).lightness())
+    assert grounds[0] < 80
+    assert grounds[1] > 200
+    dock.shut_down()
+    monkeypatch.setattr(dock.plot, "set_theme", lambda *_: pytest.fail("still heard"))
+    dock.viewer.theme = "dark"
+
+
 def test_names_are_plain_text(open_dock: Any) -> None:
     evil = '<img src="file:///etc/hostname"><b>x</b>'
     dock = open_dock(Image(picture(), name=evil), Labels(strokes(), name=evil))

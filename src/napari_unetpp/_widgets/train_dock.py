@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from napari.utils.notifications import show_error, show_info
+from napari.utils.theme import get_theme
 from qtpy.QtCore import QEvent, QTimer
 
 from napari_unetpp._widgets import _layers, keys, offer, room
@@ -85,8 +86,14 @@ class TrainDock(TrainFace):
         self.link.trouble.connect(self._tell)
         self.files.loaded.connect(self.take_model)
         self.files.trouble.connect(self._tell)
+        self.viewer.events.theme.connect(self._on_theme)
+        self._on_theme()
         self._on_network()
         self._on_classes()
+
+    def _on_theme(self, _event: Any = None) -> None:
+        theme = get_theme(self.viewer.theme)
+        self.plot.set_theme(theme.background.as_hex(), theme.text.as_hex())
 
     def _get_ready(self) -> None:
         """Import torch in the thread while the user still looks around."""
@@ -423,6 +430,7 @@ class TrainDock(TrainFace):
             return
         self._closed = True
         keys.unbind(self)
+        self.viewer.events.theme.disconnect(self._on_theme)
         self.link.close()
         self.files.close()
         self.pairs.close_events()
