@@ -338,18 +338,32 @@ def test_no_key_is_one_of_napari_or_of_its_labels_layer() -> None:
 
 
 def test_a_model_is_saved_while_it_trains_and_loaded_again(
-    wait: Any, open_dock: Any, told: list[str], tmp_path: Any
+    wait: Any,
+    open_dock: Any,
+    told: list[str],
+    tmp_path: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     dock = open_dock(Image(picture()), Labels(strokes()))
     dock.train()
     wait(lambda: is_shown(dock))
     assert dock.save_button.isEnabled()
     path = str(tmp_path / "cells")
+    threads: list[threading.Thread] = []
+    save = api.Model.save
+
+    def noted(self: Any, *arguments: Any, **options: Any) -> None:
+        threads.append(threading.current_thread())
+        save(self, *arguments, **options)
+
+    monkeypatch.setattr(api.Model, "save", noted)
     dock.files.write(dock.link.model, path)
-    assert "Saved cells.safetensors" in told[-1]
+    wait(lambda: bool(told) and "Saved cells.safetensors" in told[-1])
+    assert threads[0] is not threading.main_thread()  # the window goes on
+    assert dock.link.state == "training"
     assert offer.newest.path == tmp_path / "cells.safetensors"
     dock.files.write(dock.link.model, path)  # the dialog asked about another name
-    assert "exists" in dock.coach.text()
+    wait(lambda: "exists" in dock.coach.text())
     dock.link.stop()
     wait(lambda: dock.link.state == "idle")
     dock.start_over()

@@ -286,6 +286,38 @@ class Runner(QObject):
             _next()
 
 
+class Aside(QObject):
+    """Does short work beside the run that has the thread, such as writing a file.
+
+    It is not one of napari's workers, of which only one can run at a time; the process
+    ends when the work has ended, so that no file is lost.
+    """
+
+    _ended = Signal(object, object)
+
+    def __init__(self, parent: QObject | None = None) -> None:
+        super().__init__(parent)
+        self._ended.connect(self._deliver)
+
+    def start(
+        self, work: Callable[[], object], then: Callable[[Outcome], None]
+    ) -> None:
+        """Work in a thread, and call `then` on the GUI thread afterwards."""
+
+        def run() -> None:
+            try:
+                outcome = Outcome(result=work())
+            except BaseException as error:  # noqa: BLE001  # told, not lost
+                outcome = Outcome(failure=failure_of(error))
+            with suppress(RuntimeError):  # the viewer is gone
+                self._ended.emit(then, outcome)
+
+        threading.Thread(target=run, name="napari-unetpp aside").start()
+
+    def _deliver(self, then: Callable[[Outcome], None], outcome: Outcome) -> None:
+        then(outcome)
+
+
 def _next() -> None:
     if _queue:
         _queue.pop(0)()
