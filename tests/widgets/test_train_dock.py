@@ -981,6 +981,23 @@ def test_a_replaced_image_ends_the_run(wait: Any, open_dock: Any) -> None:
     run_briefly(dock, wait)
 
 
+def test_an_image_whose_rgb_is_switched_ends_the_run(wait: Any, open_dock: Any) -> None:
+    image = Image(np.stack([picture()] * 3, -1), rgb=True)
+    dock = open_dock(image, Labels(strokes()))
+    dock.train()
+    wait(lambda: dock.link.state == "training" and dock.link.model is not None)
+    image.rgb = False
+    wait(lambda: "switched between colour and grey" in dock.coach.text())
+    wait(lambda: dock.link.state == "idle")
+    assert dock.link.model is not None
+    image.rgb = True
+    dock.train()
+    wait(lambda: dock.link.state == "training" and dock.link._runner.busy)
+    dock.link._training = False
+    dock.link.stop()
+    wait(lambda: dock.link.state == "idle")
+
+
 def test_a_renamed_class_is_saved_under_its_new_name(open_dock: Any) -> None:
     dock = open_dock(Image(picture()), Labels(strokes()))
     dock.link.model = api.create_model("unet", width=4)
