@@ -490,6 +490,7 @@ def cycles(rounds: int) -> None:
             _, dock = viewer.window.add_plugin_dock_widget(
                 "napari-unetpp", "Annotate and train"
             )
+            del _  # the dock around it
             event_loop(0.2)
     grown = rows[-1] - rows[2]  # the first three fill what is kept for ever
     print(

@@ -89,7 +89,7 @@ class _Run:
     """One run of a generator in the thread; everything it raises becomes a value."""
 
     def __init__(self, make: Make) -> None:
-        self._make = make
+        self._make: Make | None = make
         self.stop = threading.Event()
         self.box = _Box()
         self.outcome: Outcome | None = None
@@ -109,13 +109,21 @@ class _Run:
         finally:
             self.outcome = outcome
 
+    def forget(self) -> None:
+        """Let go of images and models: napari keeps a worker longer than its run."""
+        self._make = self.outcome = None
+        self.box.take()
+
     def _relay(self) -> Generator[None, None, Outcome]:
         from napari_unetpp.device import considerate
 
-        frozen = False
+        frozen, make = False, self._make
+        if make is None:
+            return Outcome()
         with considerate():
             try:
-                steps = self._make(self.stop)
+                steps = make(self.stop)
+                del make
                 while True:
                     try:
                         value = next(steps)
@@ -272,6 +280,7 @@ class Runner(QObject):
             self._end(run)
         elif self._run is None:
             self._release()
+        run.forget()
 
     def _end(self, run: _Run) -> None:
         self._run = None

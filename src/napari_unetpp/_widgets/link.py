@@ -321,7 +321,7 @@ class LiveLink(QObject):
         self._training, self._kind = state == "training", state
         names = [link.pair.images[0].name[:64] for link in self._links]
         mailbox = self._mailbox = Mailbox(self._wishes())
-        model = self.model
+        model, n_classes = self.model, len(self.classes)
 
         def make(stop: threading.Event) -> Generator[Message, None, Any]:
             from napari_unetpp.config import TrainConfig, working_config
@@ -334,7 +334,7 @@ class LiveLink(QObject):
                 network = working_config(
                     settings.network,
                     channels,
-                    max(2, len(self.classes)),
+                    max(2, n_classes),
                     width=settings.width,
                 )
             return live_steps(
