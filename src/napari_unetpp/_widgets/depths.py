@@ -24,6 +24,8 @@ from qtpy.QtWidgets import (
     QWidget,
 )
 
+from napari_unetpp._widgets.tables import set_up
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -279,26 +281,10 @@ def _table() -> QTableWidget:
     table = QTableWidget(0, len(_HEADER))
     table.setAccessibleName("Cost and score of each depth")
     table.setToolTip("Click a row to choose its depth.")
-    table.setSelectionBehavior(QAbstractItemView.SelectionBehavior.SelectRows)
-    table.setSelectionMode(QAbstractItemView.SelectionMode.SingleSelection)
+    set_up(table, _HEADER, _alignment)
     table.setEditTriggers(QAbstractItemView.EditTrigger.NoEditTriggers)
-    table.setTabKeyNavigation(False)  # Tab leaves the table
-    table.setShowGrid(False)
-    table.setHorizontalScrollBarPolicy(Qt.ScrollBarPolicy.ScrollBarAlwaysOff)
     table.setVerticalScrollBarPolicy(Qt.ScrollBarPolicy.ScrollBarAlwaysOff)
-    for column, (text, tip) in enumerate(_HEADER):
-        item = QTableWidgetItem(text)
-        item.setToolTip(tip)
-        item.setTextAlignment(_alignment(column))
-        table.setHorizontalHeaderItem(column, item)
-    row = table.fontMetrics().height() + 4
-    table.verticalHeader().hide()
-    table.verticalHeader().setMinimumSectionSize(row)
-    table.verticalHeader().setDefaultSectionSize(row)
     header = table.horizontalHeader()
-    header.setSectionsClickable(False)
-    header.setHighlightSections(False)
-    header.setFixedHeight(row)
     header.setMinimumSectionSize(30)
     header.setSectionResizeMode(QHeaderView.ResizeMode.Stretch)
     header.setSectionResizeMode(1, QHeaderView.ResizeMode.ResizeToContents)
