@@ -470,6 +470,8 @@ def cycles(rounds: int) -> None:
     import gc
 
     import psutil
+    from qtpy.QtCore import QEvent
+    from qtpy.QtWidgets import QApplication
 
     from napari_unetpp._widgets import _worker
 
@@ -477,28 +479,32 @@ def cycles(rounds: int) -> None:
     process, rows = psutil.Process(), []
     for n in range(rounds + 3):
         dock.train()
-        event_loop(condition=lambda dock=dock: dock.link.steps >= 3)
+        link = dock.link
+        event_loop(condition=lambda link=link: link.steps >= 3)
+        del link
         viewer.window.remove_dock_widget(dock)
         event_loop(condition=lambda: _worker.busy_with() is None)
-        dock.deleteLater()
-        for layer in [v for v in viewer.layers if v.name.startswith("prediction")]:
-            viewer.layers.remove(layer)
+        dock = None
         event_loop(0.2)
         gc.collect()
+        # What Qt deletes later it deletes in a running event loop only.
+        QApplication.sendPostedEvents(None, QEvent.Type.DeferredDelete)
         rows.append(process.memory_info().rss / 1e6)
         if n < rounds + 2:
-            _, dock = viewer.window.add_plugin_dock_widget(
+            dock = viewer.window.add_plugin_dock_widget(
                 "napari-unetpp", "Annotate and train"
-            )
-            del _  # the dock around it
+            )[1]
             event_loop(0.2)
-    grown = rows[-1] - rows[2]  # the first three fill what is kept for ever
+    rows = rows[3:]  # the first three fill what is kept for ever
+    early, late = np.median(rows[:5]), np.median(rows[-5:])  # single ones waver
     print(
         json.dumps(
             {
                 "cycles": rounds,
-                "grown_mb": round(grown, 1),
+                "grown_mb": round(float(late - early), 1),
+                "last_less_first_mb": round(rows[-1] - rows[0], 1),
                 "rss_mb": [round(r) for r in rows],
+                "widgets": len(QApplication.allWidgets()),
             }
         )
     )
