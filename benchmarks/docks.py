@@ -4,11 +4,15 @@
     xvfb-run -a -s "-screen 0 1600x1000x24" python benchmarks/docks.py brush --side 2048
     xvfb-run -a -s "-screen 0 1600x1000x24" python benchmarks/docks.py stops
     xvfb-run -a -s "-screen 0 1600x1000x24" python benchmarks/docks.py closes
+    xvfb-run -a -s "-screen 0 1600x1000x24" python benchmarks/docks.py depth
+    xvfb-run -a -s "-screen 0 1600x1000x24" python benchmarks/docks.py cycles
 
 `session`: from Train to a prediction that shows 90 % of the painted pixels in their
 class, and from the end of a correcting stroke to the screen showing it. `brush`: how
 late a brush at 60 Hz is handled, with the training off and on, and its speed beside a
-headless one. `stops` and `closes`: how long until all is quiet.
+headless one. `stops` and `closes`: how long until all is quiet. `depth`: from a key on
+the slider to the screen showing that depth, while it trains and afterwards. `cycles`:
+what memory grows by when the dock is opened, trains three steps and is closed.
 """
 
 from __future__ import annotations
@@ -393,6 +397,120 @@ def stops(rounds: int) -> None:
     viewer.close()
 
 
+def depth(rounds: int) -> None:
+    """Measure how long the screen takes to show another depth."""
+    viewer, dock = open_dock("coins")
+    _note_depths()
+    for sample in ("coins", "immunohistochemistry"):
+        if sample != "coins":
+            viewer.layers.clear()
+            viewer.open_sample("napari-unetpp", sample)
+            dock.start_over()
+        viewer.reset_view()
+        dock.train()
+        event_loop(condition=lambda: dock.link.steps >= 60, limit=300)
+        rows = {"training": _moves(dock, rounds)}
+        dock.pause()
+        event_loop(3)
+        rows["paused"] = _moves(dock, rounds)
+        print(json.dumps({"sample": sample, "moves": rounds, **rows}), flush=True)
+        dock.link._training = False
+        dock.link.stop()
+        event_loop(condition=lambda: dock.link.state == "idle")
+    viewer.close()
+
+
+def _note_depths() -> None:
+    """Let every Coverage tell of which depth it speaks."""
+    from napari_unetpp.live.preview import Preview
+
+    coverage = Preview.coverage
+
+    def with_depth(self: Any, view: Any) -> Any:
+        found = coverage(self, view)
+        object.__setattr__(found, "depth", self.depth)
+        return found
+
+    Preview.coverage = with_depth  # type: ignore[method-assign]
+
+
+def _moves(dock: Any, rounds: int) -> dict[str, float]:
+    from qtpy.QtCore import Qt
+    from qtpy.QtTest import QTest
+
+    from napari_unetpp.messages import Coverage
+
+    seen: list[int] = []
+
+    def note(message: Any) -> None:
+        if isinstance(message, Coverage) and message.view_done:
+            seen.append(message.depth)  # type: ignore[attr-defined]
+
+    dock.link.message.connect(note)
+    took = []
+    keys = [Qt.Key.Key_Left] * 3 + [Qt.Key.Key_Right] * 3
+    for n in range(rounds):
+        QTest.keyClick(dock.depths._slider, keys[n % 6])
+        began = time.perf_counter()
+        seen.clear()
+        wanted = dock.depths.depth()
+        event_loop(condition=lambda wanted=wanted: wanted in seen)
+        event_loop(0)  # painted
+        took.append(time.perf_counter() - began)
+        event_loop(1.5)
+    dock.link.message.disconnect(note)
+    return {
+        "p50_s": round(float(np.median(took)), 3),
+        "worst_s": round(float(np.max(took)), 3),
+    }
+
+
+def cycles(rounds: int) -> None:
+    """Measure the memory after the dock was opened, trained and closed many times."""
+    import gc
+
+    import psutil
+    from qtpy.QtCore import QEvent
+    from qtpy.QtWidgets import QApplication
+
+    from napari_unetpp._widgets import _worker
+
+    viewer, dock = open_dock("coins")
+    process, rows = psutil.Process(), []
+    for n in range(rounds + 3):
+        dock.train()
+        link = dock.link
+        event_loop(condition=lambda link=link: link.steps >= 3)
+        del link
+        viewer.window.remove_dock_widget(dock)
+        event_loop(condition=lambda: _worker.busy_with() is None)
+        dock = None
+        event_loop(0.2)
+        gc.collect()
+        # What Qt deletes later it deletes in a running event loop only.
+        QApplication.sendPostedEvents(None, QEvent.Type.DeferredDelete)
+        rows.append(process.memory_info().rss / 1e6)
+        if n < rounds + 2:
+            dock = viewer.window.add_plugin_dock_widget(
+                "napari-unetpp", "Annotate and train"
+            )[1]
+            event_loop(0.2)
+    rows = rows[3:]  # the first three fill what is kept for ever
+    early, late = np.median(rows[:5]), np.median(rows[-5:])  # single ones waver
+    print(
+        json.dumps(
+            {
+                "cycles": rounds,
+                "grown_mb": round(float(late - early), 1),
+                "last_less_first_mb": round(rows[-1] - rows[0], 1),
+                "rss_mb": [round(r) for r in rows],
+                "widgets": len(QApplication.allWidgets()),
+            }
+        )
+    )
+    viewer.close()
+
+
 _CLOSE = """
 import sys, time
 sys.path.insert(0, {folder!r})
@@ -441,7 +559,8 @@ def closes(rounds: int) -> None:
 def main() -> None:
     """Run one of the measurements."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["session", "brush", "stops", "closes"])
+    modes = ["session", "brush", "stops", "closes", "depth", "cycles"]
+    parser.add_argument("what", choices=modes)
     parser.add_argument(
         "--network", default="UNet++", choices=["UNet++", "U-Net", "FCN"]
     )
@@ -455,6 +574,10 @@ def main() -> None:
         brush(args.network, args.side, args.events)
     elif args.what == "stops":
         stops(args.rounds or 100)
+    elif args.what == "depth":
+        depth(args.rounds or 12)
+    elif args.what == "cycles":
+        cycles(args.rounds or 20)
     else:
         closes(args.rounds or 30)
 

@@ -22,13 +22,18 @@ os.environ.setdefault("NAPARI_ENSURE_PLUGIN_MAIN_THREAD", "1")
 import torch._dynamo  # noqa: F401
 from napari.qt.threading import GeneratorWorker
 
-from napari_unetpp._widgets import _worker
+from napari_unetpp._widgets import _worker, offer
 
 
 @pytest.fixture(autouse=True)
 def _settings_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NAPARI_CONFIG", str(tmp_path / "settings.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def _no_model_is_on_offer() -> None:
+    offer.newest.put(None)
 
 
 @pytest.fixture(autouse=True)

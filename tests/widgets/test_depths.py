@@ -84,6 +84,14 @@ def test_a_click_on_a_row_moves_the_slider(seen: Seen) -> None:
     assert seen.changed[1:] == [(1, "last")]
 
 
+def test_a_click_beside_the_handle_jumps_to_the_depth(seen: Seen) -> None:
+    for value in (0, 2, 1, 3):
+        place = QPoint(seen.slider.stops()[value] + 4, seen.slider.height() // 2)
+        seen.bot.mouseClick(seen.slider, LEFT, pos=place)
+        assert seen.slider.value() == value
+    assert [depth for depth, _ in seen.changed] == [1, 3, 2, 4]  # no stops between
+
+
 def test_the_labels_stand_where_the_handle_stops(seen: Seen) -> None:
     for value, x in enumerate(seen.slider.stops()):
         seen.slider.setValue(value)

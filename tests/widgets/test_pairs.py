@@ -104,6 +104,16 @@ def test_the_first_image_and_an_annotation_of_its_shape_are_chosen(
     assert len(seen.changed) == 2
 
 
+def test_a_painted_layer_is_offered_and_not_taken(seen: Seen) -> None:
+    image = seen.image("cells")
+    painted = seen.viewer.add_labels(np.ones((8, 9), np.uint8), name="painted")
+    assert seen.widget.pairs() == [Pair((image,), None)]
+    assert seen.widget.undecided()
+    seen.choose(seen.combo("Annotation of pair 1"), "painted")
+    assert seen.widget.pairs() == [Pair((image,), painted)]
+    assert not seen.widget.undecided()
+
+
 def test_layers_that_were_there_before_are_offered(qtbot: QtBot) -> None:
     viewer = ViewerModel()
     image = viewer.add_image(np.zeros((8, 9, 3), np.uint8), rgb=True)

@@ -20,7 +20,7 @@ from qtpy.QtGui import QDropEvent
 from qtpy.QtWidgets import QCheckBox, QLabel, QPushButton, QRadioButton, QWidget
 
 from napari_unetpp import api, io
-from napari_unetpp._widgets import _predict_run, predict_dock
+from napari_unetpp._widgets import _predict_run, offer, predict_dock
 from napari_unetpp._widgets._layers import OURS
 from napari_unetpp._widgets._worker import Runner
 from napari_unetpp._widgets.predict_dock import PredictDock
@@ -209,7 +209,33 @@ def test_cancel(viewer: Any, ready: PredictDock, core: FakeCore, qtbot: Any) -> 
     assert results(viewer)[0].name == "prediction of x (incomplete)"
     core.gate.release(4)
     assert predict(qtbot, ready).startswith("1 image labelled")
-    assert [layer.visible for layer in results(viewer)] == [False, True]
+    assert [layer.name for layer in results(viewer)] == ["prediction of x"]
+
+
+def test_a_result_is_used_again_unless_it_was_edited(
+    viewer: Any, ready: PredictDock, core: FakeCore, qtbot: Any
+) -> None:
+    core.gate.release(4)
+    predict(qtbot, ready)
+    (first,) = results(viewer)
+    first.name = "mine"  # a name says nothing
+    viewer.layers["x"].scale = (2, 3)
+    copy = viewer.add_labels(first.data.copy(), metadata=dict(first.metadata))
+    core.gate.release(4)
+    predict(qtbot, ready)
+    assert results(viewer) == [first, copy]
+    np.testing.assert_array_equal(first.scale, (2, 3))
+    first.paint((1, 1), 1)
+    edited = first.data.copy()
+    core.gate.release(4)
+    predict(qtbot, ready)
+    np.testing.assert_array_equal(first.data, edited)
+    assert [layer.visible for layer in results(viewer)] == [False, True, True]
+    assert (results(viewer)[-1].data == 2).all()
+    first.undo()  # and is free again
+    core.gate.release(4)
+    predict(qtbot, ready)
+    assert len(results(viewer)) == 3
 
 
 @pytest.mark.parametrize(
@@ -334,6 +360,44 @@ def test_what_is_missing_is_told_at_once(
     assert len(told) == 4
 
 
+# --- the model on offer ----------------------------------------------------------
+
+
+def test_a_model_that_was_just_trained_labels_without_a_file(
+    viewer: Any, dock: PredictDock, qtbot: Any, model_file: Path
+) -> None:
+    model = api.load_model(model_file)
+    viewer.add_image(grey(40, 48))
+    offer.newest.put(model)
+    assert "just trained, not saved" in dock.form.facts.text()
+    assert "just trained" in dock.form.model.placeholderText()
+    assert predict(qtbot, dock).startswith("1 image labelled")
+    expected = api.predict(model, grey(40, 48))
+    np.testing.assert_array_equal(results(viewer)[0].data, expected)
+    offer.newest.put(None)
+    assert "just trained" not in dock.form.facts.text()
+    assert "model file" in predict(qtbot, dock)
+
+
+def test_the_field_follows_the_offer_until_the_user_chooses(
+    dock: PredictDock, core: FakeCore, qtbot: Any, tmp_path: Path
+) -> None:
+    del core
+    field = dock.form.model
+    for name in ("a.safetensors", "b.safetensors"):
+        offer.newest.put(tmp_path / name)
+        wait_idle(qtbot, dock)
+        assert field.path() == tmp_path / name
+        assert dock._facts == FACTS
+    choose(qtbot, dock, tmp_path / "mine.safetensors")
+    offer.newest.put(tmp_path / "c.safetensors")
+    assert field.path() == tmp_path / "mine.safetensors"
+    dock._close()
+    field.clear()
+    offer.newest.put(tmp_path / "d.safetensors")  # nobody listens
+    assert field.text() == ""
+
+
 # --- the list of images ----------------------------------------------------------
 
 
@@ -341,7 +405,13 @@ def test_ticks_follow_the_selection_until_the_user_sets_one(
     viewer: Any, dock: PredictDock
 ) -> None:
     images = dock.form.images
-    a, b = viewer.add_image(grey(4, 4), name="a"), viewer.add_image(grey(4, 4))
+    a = viewer.add_image(grey(4, 4), name="a")
+    viewer.layers.selection.clear()
+    dock.form.images.close_list()
+    dock.form.images.tick([])
+    dock.form.images.open()
+    assert images.ticked() == [a]  # there is no other choice
+    b = viewer.add_image(grey(4, 4))
     viewer.add_labels(grey(4, 4))
     assert images.ticked() == [b]
     viewer.layers.selection = {a, b}
@@ -357,6 +427,26 @@ def test_ticks_follow_the_selection_until_the_user_sets_one(
     assert images.ticked() == [a]
     a.name = "c"
     assert images.item(0).text() == "c"
+
+
+@pytest.mark.parametrize("theme", ["dark", "light"])
+def test_the_boxes_are_seen_in_every_theme(
+    viewer: Any, dock: PredictDock, theme: str
+) -> None:
+    viewer.theme = theme
+    viewer.add_image(grey(4, 4), name="a")
+    images = dock.form.images
+    looks = []
+    for state in (Qt.CheckState.Checked, Qt.CheckState.Unchecked):
+        images.item(0).setCheckState(state)
+        shot = images.grab(images.visualItemRect(images.item(0))).toImage()
+        box = range(2, 18)
+        grounds = shot.pixelColor(shot.width() - 3, 3).lightness()
+        lights = [shot.pixelColor(x, y).lightness() for x in box
+                  for y in range(shot.height())]  # fmt: skip
+        looks.append(sum(abs(light - grounds) > 40 for light in lights))
+    assert looks[1] > 20  # the frame
+    assert looks[0] > looks[1]  # and what fills it
 
 
 def test_foreign_names_are_short_plain_text(viewer: Any, dock: PredictDock) -> None:
@@ -494,7 +584,7 @@ def test_a_real_folder_with_a_damaged_file(
         (folder / f"{name}.tif").write_bytes(b"II*\0")
     dock.form.out.set_path(tmp_path / "new")
     assert predict(qtbot, dock).startswith("2 of 5 images labelled")
-    assert dock.form.failures.toPlainText().count("\n") == 2
+    assert dock.form.failures.toPlainText().count("\n\n• ") == 2
     assert dock.form.failures.isVisibleTo(dock)
 
 

@@ -16,7 +16,7 @@ from qtpy.QtGui import QGuiApplication, QMouseEvent
 from qtpy.QtWidgets import QApplication
 
 from napari_unetpp import api
-from napari_unetpp._widgets import _layers, _worker
+from napari_unetpp._widgets import _layers, _worker, offer
 from napari_unetpp._widgets.train_dock import TrainDock
 from napari_unetpp.errors import TrainingError
 from napari_unetpp.messages import Prediction, Progress, Snapshot, Started
@@ -63,6 +63,9 @@ def open_dock(
             viewer.add_layer(layer)
         dock = TrainDock(viewer)
         viewer.window.add_dock_widget(dock, name="dock")
+        if dock.pairs.undecided():  # as a user picks what is painted already
+            (marks,) = [layer for layer in layers if isinstance(layer, Labels)]
+            dock.pairs.set_annotation(0, marks)
         dock.network_box.setCurrentText(network)
         dock.size_box.setCurrentText(size)
         dock.advanced._patch.setValue(32)
@@ -148,6 +151,7 @@ def test_a_first_session_with_the_mouse(qtbot: Any, wait: Any, open_dock: Any) -
     expected = api.predict(dock.link.model, picture(), device="cpu")
     np.testing.assert_array_equal(predictions(dock)[0].data, expected)
     assert dock.status.text().startswith("Model: ")
+    assert offer.newest.model is not None  # for the other dock
     assert dock.link.model.classes == ("background", "foreground")
 
 
@@ -334,17 +338,32 @@ def test_no_key_is_one_of_napari_or_of_its_labels_layer() -> None:
 
 
 def test_a_model_is_saved_while_it_trains_and_loaded_again(
-    wait: Any, open_dock: Any, told: list[str], tmp_path: Any
+    wait: Any,
+    open_dock: Any,
+    told: list[str],
+    tmp_path: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     dock = open_dock(Image(picture()), Labels(strokes()))
     dock.train()
     wait(lambda: is_shown(dock))
     assert dock.save_button.isEnabled()
     path = str(tmp_path / "cells")
+    threads: list[threading.Thread] = []
+    save = api.Model.save
+
+    def noted(self: Any, *arguments: Any, **options: Any) -> None:
+        threads.append(threading.current_thread())
+        save(self, *arguments, **options)
+
+    monkeypatch.setattr(api.Model, "save", noted)
     dock.files.write(dock.link.model, path)
-    assert "Saved cells.safetensors" in told[-1]
+    wait(lambda: bool(told) and "Saved cells.safetensors" in told[-1])
+    assert threads[0] is not threading.main_thread()  # the window goes on
+    assert dock.link.state == "training"
+    assert offer.newest.path == tmp_path / "cells.safetensors"
     dock.files.write(dock.link.model, path)  # the dialog asked about another name
-    assert "exists" in dock.coach.text()
+    wait(lambda: "exists" in dock.coach.text())
     dock.link.stop()
     wait(lambda: dock.link.state == "idle")
     dock.start_over()
@@ -631,6 +650,35 @@ def test_odd_layers_simply_work(kind: str, wait: Any, open_dock: Any) -> None:
     assert predictions(dock)[0].data.shape == image.shape
 
 
+def test_a_segmentation_keeps_its_colours_until_it_is_picked(
+    make_napari_viewer: Any, told: list[str], wait: Any
+) -> None:
+    viewer = make_napari_viewer()
+    viewer.add_image(picture())
+    other = viewer.add_labels(strokes(), name="somebody's nuclei")
+    colours = other.colormap
+    dock = TrainDock(viewer)
+    viewer.window.add_dock_widget(dock, name="dock")
+    assert dock.pairs.pairs()[0].annotation is None
+    assert "Choose the layer with your strokes" in dock.coach.text()
+    dock.train()
+    assert "press New" in told[-1]
+    assert [layer.name for layer in viewer.layers] == ["Image", "somebody's nuclei"]
+    assert other.colormap is colours
+    dock._new_annotation(0)
+    own = dock.pairs.pairs()[0].annotation
+    assert other.colormap is colours
+    own.data[:] = strokes()
+    dock.shut_down()
+    viewer.window.remove_dock_widget(dock)
+    again = TrainDock(viewer)  # knows its own again, painted or not
+    viewer.window.add_dock_widget(again, name="dock")
+    assert again.pairs.pairs()[0].annotation == own
+    again.pairs.set_annotation(0, other)
+    assert other.colormap is not colours
+    wait(lambda: _worker.busy_with() is None)
+
+
 def test_layers_may_be_renamed_moved_and_replaced_while_it_trains(
     wait: Any, open_dock: Any
 ) -> None:
@@ -812,7 +860,7 @@ def test_opening_and_closing_twenty_times_leaves_nothing(
 ) -> None:
     viewer = make_napari_viewer()
     viewer.add_image(picture())
-    viewer.add_labels(strokes())
+    viewer.add_labels(strokes(), metadata={_layers.STROKES: True})
     core = FakeCore(api.create_model("unet", width=4))
     monkeypatch.setattr("napari_unetpp.live.live_steps", core)
 
@@ -838,6 +886,26 @@ def test_opening_and_closing_twenty_times_leaves_nothing(
     assert threading.active_count() <= threads
     assert len(viewer.layers.events.inserted.callbacks) <= listeners
     assert len(QApplication.allWidgets()) <= widgets + 5
+
+
+def test_the_plot_follows_the_theme(
+    wait: Any, open_dock: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dock = open_dock(Image(picture()))
+    dock.viewer.window.show()
+    for step in range(1, 20):
+        dock.plot.add(step, 1 / step, 0.5)
+    wait(lambda: dock.plot._plot is not None)
+    grounds = []
+    for theme in ("dark", "light"):
+        dock.viewer.theme = theme
+        shot = dock.plot._plot.widget.grab().toImage()
+        grounds.append(shot.pixelColor(1, 1).lightness())
+    assert grounds[0] < 80
+    assert grounds[1] > 200
+    dock.shut_down()
+    monkeypatch.setattr(dock.plot, "set_theme", lambda *_: pytest.fail("still heard"))
+    dock.viewer.theme = "dark"
 
 
 def test_names_are_plain_text(open_dock: Any) -> None:
@@ -911,6 +979,23 @@ def test_a_replaced_image_ends_the_run(wait: Any, open_dock: Any) -> None:
     wait(lambda: "was replaced" in dock.coach.text())
     wait(lambda: dock.link.state == "idle")
     run_briefly(dock, wait)
+
+
+def test_an_image_whose_rgb_is_switched_ends_the_run(wait: Any, open_dock: Any) -> None:
+    image = Image(np.stack([picture()] * 3, -1), rgb=True)
+    dock = open_dock(image, Labels(strokes()))
+    dock.train()
+    wait(lambda: dock.link.state == "training" and dock.link.model is not None)
+    image.rgb = False
+    wait(lambda: "switched between colour and grey" in dock.coach.text())
+    wait(lambda: dock.link.state == "idle")
+    assert dock.link.model is not None
+    image.rgb = True
+    dock.train()
+    wait(lambda: dock.link.state == "training" and dock.link._runner.busy)
+    dock.link._training = False
+    dock.link.stop()
+    wait(lambda: dock.link.state == "idle")
 
 
 def test_a_renamed_class_is_saved_under_its_new_name(open_dock: Any) -> None:

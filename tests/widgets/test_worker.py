@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -118,7 +119,7 @@ ERRORS: list[tuple[str, Callable[[], BaseException], str]] = [
     ("make", "says"), [e[1:] for e in ERRORS], ids=[e[0] for e in ERRORS]
 )
 def test_every_error_is_told_in_words_and_the_next_run_works(
-    runner: Any, wait: Any, make: Any, says: str, when: str
+    runner: Any, wait: Any, make: Any, says: str, when: str, caplog: Any
 ) -> None:
     def steps() -> Generator[int, None, None]:
         if when == "after it":
@@ -138,6 +139,8 @@ def test_every_error_is_told_in_words_and_the_next_run_works(
     (outcome,) = runner.ends
     assert outcome.result is None
     assert says in outcome.failure.message
+    # What the user can mend is told in the dock alone.
+    assert bool(caplog.records) != outcome.failure.expected
     assert busy_with() is None
     runner.start(lambda _: iter_of("fine"), title="b")
     wait(lambda: len(runner.ends) == 2)
@@ -205,6 +208,45 @@ def test_an_abandoned_run_says_nothing_and_frees_the_thread(
     assert runner.start(lambda _: iter_of("next"), title="b")
     wait(lambda: bool(runner.ends))
     assert runner.ends == [Outcome("next")]
+
+
+@pytest.mark.parametrize("how", ["ended", "abandoned"])
+def test_nothing_of_a_run_is_kept_after_it(runner: Any, wait: Any, how: str) -> None:
+    class Big:
+        pass
+
+    kept: list[weakref.ref[Big]] = []
+
+    def big() -> Big:
+        made = Big()
+        kept.append(weakref.ref(made))
+        return made
+
+    image = big()
+
+    def start(stop: threading.Event, image: Big = image) -> Generator[Any, None, Big]:
+        yield image
+        yield big()
+        while how == "abandoned" and not stop.wait(0.01):
+            yield big()
+        return big()
+
+    runner.start(start, title="a")
+    worker = runner._worker  # napari may keep it
+    wait(lambda: len(kept) > 2)
+    if how == "abandoned":
+        runner.abandon()
+    wait(lambda: busy_with() is None and not worker.is_running)
+    del start, image
+    runner.ends.clear()
+    runner.values.clear()
+
+    def gone() -> bool:
+        gc.collect()
+        return all(ref() is None for ref in kept)
+
+    wait(gone)
+    assert worker is not None
 
 
 def test_what_a_run_changes_for_the_process_is_put_back(runner: Any, wait: Any) -> None:

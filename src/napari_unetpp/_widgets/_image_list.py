@@ -20,6 +20,14 @@ if TYPE_CHECKING:
     from qtpy.QtGui import QDragEnterEvent, QDragMoveEvent, QDropEvent
 
 _ROWS = 4  # visible ones
+# napari styles the boxes of check boxes only; in its dark themes those of a list are
+# black on black. The grey and the blue are seen on both grounds, the check is white.
+_STYLE = """
+QListView::indicator { width: 12px; height: 12px; border: 1px solid #8a929d;
+                       border-radius: 2px; }
+QListView::indicator:checked { background-color: #3b8fd0; border-color: #3b8fd0;
+                               image: url("theme_dark:/check.svg"); }
+"""
 
 
 class ImageList(QListWidget):
@@ -57,6 +65,7 @@ class ImageList(QListWidget):
             "arrow keys move. A model with several channels takes as many grey layers "
             "as the channels of one image."
         )
+        self.setStyleSheet(_STYLE)
         self.setHorizontalScrollBarPolicy(Qt.ScrollBarPolicy.ScrollBarAlwaysOff)
         self.setTextElideMode(Qt.TextElideMode.ElideMiddle)
         self.itemChanged.connect(self._on_item)
@@ -128,7 +137,8 @@ class ImageList(QListWidget):
             self.addItem(item)
         self.blockSignals(False)
         self._listen(images)
-        self.tick(ticked)
+        alone = len(images) == 1 and not self._own_choice
+        self.tick(images if alone else ticked)
 
     def _on_selection(self, _event: Any = None) -> None:
         selected = [x for x in self._shown if x in self._layers.selection]

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 OURS = "napari-unetpp"  # key in a layer's metadata: we made it and may write to it
+STROKES = "napari-unetpp strokes"  # key: we made it for the user to paint in
 _QUIET = 0.15  # s without an event after which a stroke counts as ended
 
 # Okabe and Ito (2008), told apart with every kind of colour vision; no black.
@@ -140,8 +141,20 @@ def new_annotation(layers: Sequence[Image], n_classes: int) -> Labels:
         np.zeros(shape, np.uint8),
         name=f"annotation of {layers[0].name}"[:64],
         colormap=colormap(n_classes),
+        metadata={STROKES: True},
         **aligned(layers[0], len(shape)),
     )
+
+
+def may_take(layer: Labels) -> bool:
+    """Return whether a layer may become an annotation without the user's choice.
+
+    One that holds something may be a segmentation that is looked at in its own colours.
+    """
+    if STROKES in layer.metadata or "classes" in layer.metadata:
+        return True
+    plain = isinstance(layer.data, np.ndarray) and not layer.multiscale
+    return plain and not layer.data.any()
 
 
 def prediction_layer(layers: Sequence[Image], n_classes: int) -> Labels:

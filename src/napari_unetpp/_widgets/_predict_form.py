@@ -17,7 +17,6 @@ from qtpy.QtWidgets import (
     QPushButton,
     QRadioButton,
     QSizePolicy,
-    QSlider,
     QStackedWidget,
     QVBoxLayout,
     QWidget,
@@ -26,6 +25,7 @@ from qtpy.QtWidgets import (
 from ._image_list import ImageList, PathEdit
 from ._layers import safe
 from ._predict_run import default_out
+from .depths import DepthSlider
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -65,7 +65,6 @@ class PredictForm(QWidget):
 
     def _model_part(self) -> QWidget:
         self.model = PathEdit("The file of a trained model.")
-        self.model.setPlaceholderText("none yet")
         self.model.chosen.connect(self.model_chosen)
         browse = _browse("&Browse…", "Choose the file of a trained model.")
         browse.clicked.connect(self._browse_model)
@@ -99,8 +98,7 @@ class PredictForm(QWidget):
         return _column(choice, self._stack)
 
     def _depth_part(self) -> QWidget:
-        self._slider = QSlider(Qt.Orientation.Horizontal)
-        self._slider.setPageStep(1)
+        self._slider = DepthSlider()
         self._slider.setToolTip(
             "How deep the network is computed: L1 is the fastest. The arrow keys move "
             "it."
@@ -117,7 +115,7 @@ class PredictForm(QWidget):
             "as slow as the chosen depth."
         )
         self._depth_part_ = _column(
-            _row(_label("&Depth", self._slider), self._slider, self._depth_name),
+            _row(_label("D&epth", self._slider), self._slider, self._depth_name),
             self.mean,
         )
         return self._depth_part_
@@ -125,7 +123,7 @@ class PredictForm(QWidget):
     def _output_part(self) -> QWidget:
         self.as_layers = QRadioButton("As la&yers")
         self.as_layers.setToolTip("Show each result as a new labels layer.")
-        self.as_files = QRadioButton("As label &TIFFs")
+        self.as_files = QRadioButton("&As label TIFFs")
         self.as_files.setToolTip(
             "Write one 8-bit TIFF per image, never over another file."
         )
@@ -173,7 +171,7 @@ class PredictForm(QWidget):
         self.failures.setTabChangesFocus(True)
         self.failures.setAccessibleName("Images that failed")
         self.failures.setToolTip("Images that failed, and why.")
-        self.failures.setFixedHeight(7 * self.fontMetrics().height())
+        self.failures.setFixedHeight(12 * self.fontMetrics().height())
         for widget in (self.busy, self.progress, self.bar, self.result, self.failures):
             widget.hide()
         buttons = _row(self.start, self.stop)
@@ -190,6 +188,11 @@ class PredictForm(QWidget):
         return row
 
     # --- what it shows -----------------------------------------------------------
+
+    def set_offer(self, offered: bool) -> None:
+        """Tell what an empty field of the model means."""
+        text = "the model that was just trained" if offered else "none yet"
+        self.model.setPlaceholderText(text)
 
     def set_depths(self, depths: Sequence[int]) -> None:
         """Offer these depths, the deepest first chosen; nothing for a single one."""

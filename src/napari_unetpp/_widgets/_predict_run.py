@@ -40,7 +40,7 @@ class Source:
 class Request:
     """All that a run needs; nothing of it changes while it runs."""
 
-    model: Path
+    model: Path | Model  # its file, or one that is not saved
     sources: tuple[Source, ...] = ()
     folder: Path | None = None  # instead of sources
     out: Path | None = None  # None: as layers
@@ -59,7 +59,7 @@ class Facts:
     depths: tuple[int, ...]
     dense: bool  # value 0 is the first class, not "not annotated"
     history: str
-    saved: str  # date and time
+    saved: str  # date and time, "" for a model that has no file
 
     def text(self) -> str:
         """Return three lines that are short where the names are."""
@@ -70,7 +70,8 @@ class Facts:
         if len(self.depths) > 1:
             first += f", depths L{self.depths[0]} to L{self.depths[-1]}"
         classes = f"{len(self.classes)} classes: {names}"
-        return f"{first}\n{classes}\n{self.history}, {self.saved.split()[0]}"
+        day = self.saved.split()[0] if self.saved else "just trained, not saved"
+        return f"{first}\n{classes}\n{self.history}, {day}"
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def read_model(path: Path) -> Callable[[threading.Event], Generator[Any, None, F
     def make(_stop: threading.Event) -> Generator[Any, None, Facts]:
         from napari_unetpp import api
 
-        facts = _facts(api.load_model(path), path)
+        facts = facts_of(api.load_model(path), path)
         yield facts
         return facts
 
@@ -162,9 +163,11 @@ def run(
     def make(stop: threading.Event) -> Generator[Any, None, Summary]:
         from napari_unetpp import api
 
-        model = api.load_model(request.model)
+        path, model = None, request.model
+        if isinstance(model, Path):
+            path, model = model, api.load_model(model)
         joined = _are_channels(request.sources, model.config.in_channels)
-        yield Begun(_facts(model, request.model), joined)
+        yield Begun(facts_of(model, path), joined)
         targets = _targets(request, joined)
         steps = api.predict_files(
             model,
@@ -172,7 +175,7 @@ def run(
             depth=request.depth,
             heads=request.heads,
             skip_existing=request.skip_existing,
-            keep=[request.model, *(s.path for s in request.sources if s.path)],
+            keep=[p for p in (path, *(s.path for s in request.sources)) if p],
             remedy=_REMEDY,
             stop=stop,
         )
@@ -191,14 +194,18 @@ def run(
     return make
 
 
-def _facts(model: Model, path: Path) -> Facts:
+def facts_of(model: Model, path: Path | None) -> Facts:
+    """Return what a model is, and when its file was saved."""
     last = model.history[-1] if model.history else None
     words = "untrained"
     if last is not None:
         words = f"{last.step:,} steps"
         if last.score is not None and math.isfinite(last.score):
             words += f", held-out IoU {last.score:.2f}"
-    saved = time.localtime(os.path.getmtime(path))
+    saved = ""
+    if path is not None:
+        when = time.localtime(os.path.getmtime(path))
+        saved = time.strftime("%Y-%m-%d %H:%M", when)
     return Facts(
         model.config.name,
         model.classes,
@@ -206,7 +213,7 @@ def _facts(model: Model, path: Path) -> Facts:
         tuple(model.network.depths),
         model.unlabelled is None,
         words,
-        time.strftime("%Y-%m-%d %H:%M", saved),
+        saved,
     )
 
 

@@ -89,7 +89,7 @@ class _Run:
     """One run of a generator in the thread; everything it raises becomes a value."""
 
     def __init__(self, make: Make) -> None:
-        self._make = make
+        self._make: Make | None = make
         self.stop = threading.Event()
         self.box = _Box()
         self.outcome: Outcome | None = None
@@ -102,18 +102,28 @@ class _Run:
         except GeneratorExit:
             raise
         except BaseException as error:  # noqa: BLE001  # the one guard: told, not lost
-            _log.error("A run failed:\n%s", traceback.format_exc())
-            outcome = Outcome(failure=failure_of(error))
+            failure = failure_of(error)
+            if not failure.expected:  # the others are no faults of ours
+                _log.error("A run failed:\n%s", traceback.format_exc())
+            outcome = Outcome(failure=failure)
         finally:
             self.outcome = outcome
+
+    def forget(self) -> None:
+        """Let go of images and models: napari keeps a worker longer than its run."""
+        self._make = self.outcome = None
+        self.box.take()
 
     def _relay(self) -> Generator[None, None, Outcome]:
         from napari_unetpp.device import considerate
 
-        frozen = False
+        frozen, make = False, self._make
+        if make is None:
+            return Outcome()
         with considerate():
             try:
-                steps = self._make(self.stop)
+                steps = make(self.stop)
+                del make
                 while True:
                     try:
                         value = next(steps)
@@ -270,6 +280,7 @@ class Runner(QObject):
             self._end(run)
         elif self._run is None:
             self._release()
+        run.forget()
 
     def _end(self, run: _Run) -> None:
         self._run = None
@@ -282,6 +293,38 @@ class Runner(QObject):
         if self in _active:
             _active.remove(self)
             _next()
+
+
+class Aside(QObject):
+    """Does short work beside the run that has the thread, such as writing a file.
+
+    It is not one of napari's workers, of which only one can run at a time; the process
+    ends when the work has ended, so that no file is lost.
+    """
+
+    _ended = Signal(object, object)
+
+    def __init__(self, parent: QObject | None = None) -> None:
+        super().__init__(parent)
+        self._ended.connect(self._deliver)
+
+    def start(
+        self, work: Callable[[], object], then: Callable[[Outcome], None]
+    ) -> None:
+        """Work in a thread, and call `then` on the GUI thread afterwards."""
+
+        def run() -> None:
+            try:
+                outcome = Outcome(result=work())
+            except BaseException as error:  # noqa: BLE001  # told, not lost
+                outcome = Outcome(failure=failure_of(error))
+            with suppress(RuntimeError):  # the viewer is gone
+                self._ended.emit(then, outcome)
+
+        threading.Thread(target=run, name="napari-unetpp aside").start()
+
+    def _deliver(self, then: Callable[[Outcome], None], outcome: Outcome) -> None:
+        then(outcome)
 
 
 def _next() -> None:

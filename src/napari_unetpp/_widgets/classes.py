@@ -24,6 +24,7 @@ from qtpy.QtWidgets import (
 )
 
 from napari_unetpp._widgets._layers import colour_of
+from napari_unetpp._widgets.tables import set_up
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -264,30 +265,14 @@ class _Table(QTableWidget):
         self.setAccessibleName("Classes")
         self.setAccessibleDescription("Enter paints with a class, F2 renames it.")
         self.setToolTip("Click a class to paint with it.")
-        self.setSelectionBehavior(QAbstractItemView.SelectionBehavior.SelectRows)
-        self.setSelectionMode(QAbstractItemView.SelectionMode.SingleSelection)
+        row = set_up(self, _HEADER, _alignment)
         self.setEditTriggers(
             QAbstractItemView.EditTrigger.DoubleClicked
             | QAbstractItemView.EditTrigger.EditKeyPressed
         )
-        self.setTabKeyNavigation(False)  # Tab leaves the table
-        self.setShowGrid(False)
-        self.setHorizontalScrollBarPolicy(Qt.ScrollBarPolicy.ScrollBarAlwaysOff)
         self.setIconSize(QSize(_SWATCH, _SWATCH))
         self.setStyleSheet("QLineEdit { min-height: 0px; padding: 0px; }")
-        for column, (text, tip) in enumerate(_HEADER):
-            item = QTableWidgetItem(text)
-            item.setToolTip(tip)
-            item.setTextAlignment(_alignment(column))
-            self.setHorizontalHeaderItem(column, item)
-        row = self.fontMetrics().height() + 4
-        self.verticalHeader().hide()
-        self.verticalHeader().setMinimumSectionSize(row)
-        self.verticalHeader().setDefaultSectionSize(row)
         header = self.horizontalHeader()
-        header.setSectionsClickable(False)
-        header.setHighlightSections(False)
-        header.setFixedHeight(row)
         header.setSectionResizeMode(QHeaderView.ResizeMode.ResizeToContents)
         header.setSectionResizeMode(_NAME, QHeaderView.ResizeMode.Stretch)
         self.setFixedHeight((_ROWS + 1) * row + 4)

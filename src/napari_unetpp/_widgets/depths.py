@@ -7,7 +7,7 @@ import math
 from typing import TYPE_CHECKING
 
 from qtpy.QtCore import QSize, Qt, Signal
-from qtpy.QtGui import QPainter, QPaintEvent
+from qtpy.QtGui import QMouseEvent, QPainter, QPaintEvent
 from qtpy.QtWidgets import (
     QAbstractItemView,
     QCheckBox,
@@ -24,6 +24,8 @@ from qtpy.QtWidgets import (
     QVBoxLayout,
     QWidget,
 )
+
+from napari_unetpp._widgets.tables import set_up
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -88,7 +90,7 @@ class DepthPanel(QWidget):
         self.set_depths(())
 
     def _make_controls(self) -> None:
-        self._slider = _Slider()
+        self._slider = DepthSlider()
         self._slider.setToolTip(
             "Depth of the network that is shown: L1 is the fastest. Nothing is trained "
             "again. Left and right arrow keys move it."
@@ -220,13 +222,21 @@ class DepthPanel(QWidget):
         self._slider.setAccessibleDescription(f"L{self._wish} of L{self._depths[-1]}")
 
 
-class _Slider(QSlider):
+class DepthSlider(QSlider):
     """A horizontal slider that knows where its handle stops."""
 
     def __init__(self) -> None:
         super().__init__(Qt.Orientation.Horizontal)
         self.setPageStep(1)
         self.setFocusPolicy(Qt.FocusPolicy.StrongFocus)
+
+    def mousePressEvent(self, event: QMouseEvent) -> None:
+        """Jump to the value under the mouse, from where it can be dragged on."""
+        if event.button() == Qt.MouseButton.LeftButton and self.isEnabled():
+            x = event.position().x()
+            distances = [abs(x - stop) for stop in self.stops()]
+            self.setValue(self.minimum() + distances.index(min(distances)))
+        super().mousePressEvent(event)
 
     def stops(self) -> list[int]:
         """Return the x of the handle's middle at every value, in px."""
@@ -253,7 +263,7 @@ class _Slider(QSlider):
 class _Ticks(QWidget):
     """The names of a slider's values, each under its place; the chosen one is bold."""
 
-    def __init__(self, slider: _Slider) -> None:
+    def __init__(self, slider: DepthSlider) -> None:
         super().__init__()
         self._slider = slider
         self._texts: list[str] = []
@@ -289,26 +299,10 @@ def _table() -> QTableWidget:
     table = QTableWidget(0, len(_HEADER))
     table.setAccessibleName("Cost and score of each depth")
     table.setToolTip("Click a row to choose its depth.")
-    table.setSelectionBehavior(QAbstractItemView.SelectionBehavior.SelectRows)
-    table.setSelectionMode(QAbstractItemView.SelectionMode.SingleSelection)
+    set_up(table, _HEADER, _alignment)
     table.setEditTriggers(QAbstractItemView.EditTrigger.NoEditTriggers)
-    table.setTabKeyNavigation(False)  # Tab leaves the table
-    table.setShowGrid(False)
-    table.setHorizontalScrollBarPolicy(Qt.ScrollBarPolicy.ScrollBarAlwaysOff)
     table.setVerticalScrollBarPolicy(Qt.ScrollBarPolicy.ScrollBarAlwaysOff)
-    for column, (text, tip) in enumerate(_HEADER):
-        item = QTableWidgetItem(text)
-        item.setToolTip(tip)
-        item.setTextAlignment(_alignment(column))
-        table.setHorizontalHeaderItem(column, item)
-    row = table.fontMetrics().height() + 4
-    table.verticalHeader().hide()
-    table.verticalHeader().setMinimumSectionSize(row)
-    table.verticalHeader().setDefaultSectionSize(row)
     header = table.horizontalHeader()
-    header.setSectionsClickable(False)
-    header.setHighlightSections(False)
-    header.setFixedHeight(row)
     header.setMinimumSectionSize(30)
     header.setSectionResizeMode(QHeaderView.ResizeMode.Stretch)
     header.setSectionResizeMode(1, QHeaderView.ResizeMode.ResizeToContents)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from qtpy.QtCore import QObject, QTimer, Signal
 
-from napari_unetpp._widgets import _layers
+from napari_unetpp._widgets import _layers, offer
 from napari_unetpp._widgets._worker import Outcome, Runner, busy_with, is_busy
 from napari_unetpp.messages import (
     Mailbox,
@@ -91,7 +91,7 @@ class LiveLink(QObject):
         self._before = 0  # steps of the runs before this one
         self._next: Settings | None = None  # a training that waits for the labelling
         self._kind = ""  # of the run: training or showing
-        self._held: list[tuple[Any, Any]] = []  # image layers and the data that is used
+        self._held: list[tuple[Any, Any, bool]] = []  # image layers, data, whether rgb
         self.classes: tuple[str, ...] = ()
         self.depth: int | None = None
         self.heads = "last"
@@ -317,11 +317,11 @@ class LiveLink(QObject):
             return False
         images, axes = [f[0] for f in found], [f[1] for f in found]
         layers = [layer for link in self._links for layer in link.pair.images]
-        self._held = [(layer, layer.data) for layer in layers]
+        self._held = [(layer, layer.data, layer.rgb) for layer in layers]
         self._training, self._kind = state == "training", state
         names = [link.pair.images[0].name[:64] for link in self._links]
         mailbox = self._mailbox = Mailbox(self._wishes())
-        model = self.model
+        model, n_classes = self.model, len(self.classes)
 
         def make(stop: threading.Event) -> Generator[Message, None, Any]:
             from napari_unetpp.config import TrainConfig, working_config
@@ -334,7 +334,7 @@ class LiveLink(QObject):
                 network = working_config(
                     settings.network,
                     channels,
-                    max(2, len(self.classes)),
+                    max(2, n_classes),
                     width=settings.width,
                 )
             return live_steps(
@@ -398,7 +398,13 @@ class LiveLink(QObject):
             ours = [*link.layers, link.prediction]
             if active is not None and any(active == layer for layer in ours):
                 self._current = i
-        if self._runner.busy and any(a.data is not b for a, b in self._held):
+        if self._runner.busy and self._switched():
+            self._break(
+                "An image was switched between colour and grey (rgb), so the run has "
+                "ended; the model is still there. Switch it back, then press Go on."
+            )
+            return
+        if self._runner.busy and any(a.data is not b for a, b, _ in self._held):
             self._break(
                 "An image was replaced, so the run has ended. Press Go on to use it."
             )
@@ -415,6 +421,9 @@ class LiveLink(QObject):
             self.counted.emit()
         if self._runner.busy:
             self._post()
+
+    def _switched(self) -> bool:
+        return any(layer.rgb != rgb for layer, _, rgb in self._held)
 
     def _break(self, problem: str) -> None:
         """Stop because the layers no longer fit, and say so once."""
@@ -446,7 +455,8 @@ class LiveLink(QObject):
 
     def _on_message(self, message: Message) -> None:
         if isinstance(message, Prediction):
-            self._draw(message)
+            if not self._switched():  # else the next tick tells
+                self._draw(message)
             return
         if isinstance(message, Snapshot):
             self.model = message.model
@@ -512,6 +522,8 @@ class LiveLink(QObject):
             self._next = None
         if outcome.result is not None:
             self.model = outcome.result
+        if self._kind == "training" and self.model is not None:
+            offer.newest.put(self.named())
         self._mailbox = None
         self._set("idle")
         if outcome.failure is not None:

@@ -6,14 +6,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from napari.utils.notifications import show_info
+from napari.utils.notifications import show_error, show_info
 from qtpy.QtCore import QObject, Signal
 from qtpy.QtGui import QGuiApplication
 from qtpy.QtWidgets import QFileDialog, QWidget
 
+from napari_unetpp._widgets import offer
 from napari_unetpp._widgets._layers import safe
-from napari_unetpp._widgets._worker import Outcome, Runner, failure_of, is_busy
-from napari_unetpp.errors import UnetppError
+from napari_unetpp._widgets._worker import Aside, Outcome, Runner, is_busy
 
 if TYPE_CHECKING:
     import threading
@@ -40,9 +40,12 @@ class ModelFiles(QObject):
         self._then: Callable[[Any], None] = lambda _: None
         self._runner = Runner(self)
         self._runner.ended.connect(self._on_end)
+        self._aside = Aside(self)
+        self._closed = False
 
     def close(self) -> None:
         """Hear no more of what is under way."""
+        self._closed = True
         self._runner.abandon()
 
     def load(self) -> None:
@@ -78,19 +81,14 @@ class ModelFiles(QObject):
             return target
 
         def then(_: str) -> None:
+            offer.newest.put(Path(target).absolute())
             show_info(safe(f"Saved {Path(target).name}."))
 
         if not is_busy():
             self._work(work, then, "saving the model")
             return
         # The thread trains; waiting for its end could lose the model.
-        try:
-            work()
-        except (UnetppError, RuntimeError, MemoryError, OSError) as error:
-            self.trouble.emit(failure_of(error).message)
-        else:
-            self.trouble.emit("")
-            then(target)
+        self._aside.start(work, lambda outcome: self._tell(outcome, then))
 
     def copy_script(self, job: dict[str, Any]) -> None:
         """Write the data of a `script.Job` and put the script on the clipboard."""
@@ -121,8 +119,14 @@ class ModelFiles(QObject):
             self.trouble.emit("A run is still busy. Stop it, or wait for its end.")
 
     def _on_end(self, outcome: Outcome) -> None:
-        if outcome.failure is not None:
+        self._tell(outcome, self._then)
+
+    def _tell(self, outcome: Outcome, then: Callable[[Any], None]) -> None:
+        if outcome.failure is not None and self._closed:
+            show_error(safe(outcome.failure.message))
+        elif outcome.failure is not None:
             self.trouble.emit(outcome.failure.message)
         elif outcome.result is not None:
-            self.trouble.emit("")
-            self._then(outcome.result)
+            if not self._closed:
+                self.trouble.emit("")
+            then(outcome.result)

@@ -23,7 +23,7 @@ from qtpy.QtWidgets import (
     QWidget,
 )
 
-from napari_unetpp._widgets._layers import OURS, spatial_shape
+from napari_unetpp._widgets._layers import OURS, may_take, spatial_shape
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -146,6 +146,13 @@ class PairTable(QWidget):
                 other.annotation = None
         self._show()
 
+    def undecided(self) -> bool:
+        """Return whether an image has no annotation and the user could choose one."""
+        return any(
+            row.images and row.annotation is None and self._fitting(row)
+            for row in self._rows
+        )
+
     def want_annotations(self) -> None:
         """Ask for an annotation for every row that has an image and none yet."""
         for i, row in enumerate(self._rows):
@@ -194,12 +201,17 @@ class PairTable(QWidget):
             free = [layer for layer in self._offered(Image) if layer not in taken]
             row.images = tuple(free[:1])
         if row.images and row.annotation is None:
-            shape = spatial_shape(row.images)
-            used = [other.annotation for other in others]
-            for layer in self._offered(Labels):
-                if layer not in used and _shape(layer) == shape:
-                    row.annotation = layer
-                    return
+            row.annotation = next(filter(may_take, self._fitting(row)), None)
+
+    def _fitting(self, row: _Row) -> list[Layer]:
+        """Return the free annotations that have the shape of a row's image."""
+        shape = spatial_shape(row.images)
+        used = [other.annotation for other in self._rows if other is not row]
+        return [
+            layer
+            for layer in self._offered(Labels)
+            if layer not in used and _shape(layer) == shape
+        ]
 
     def _channels(self) -> tuple[Layer, ...]:
         """Return the selected images if they could be channels of one."""

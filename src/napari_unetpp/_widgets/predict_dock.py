@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from napari.layers import Labels
 from napari.utils.notifications import show_error, show_info
-from qtpy.QtCore import QEvent, Qt, QTimer
-from qtpy.QtWidgets import QFrame, QScrollArea, QVBoxLayout, QWidget
+from qtpy.QtCore import QEvent, QTimer
+from qtpy.QtWidgets import QVBoxLayout, QWidget
 
+from . import _results, offer, room
 from ._image_list import dropped
-from ._layers import OURS, aligned, colormap, image_of, safe
+from ._layers import OURS, image_of, safe
 from ._predict_form import NO_MODEL, PredictForm
 from ._predict_run import (
     Begun,
@@ -22,6 +21,7 @@ from ._predict_run import (
     Request,
     Source,
     Summary,
+    facts_of,
     read_model,
     run,
 )
@@ -29,28 +29,12 @@ from ._worker import Failure, Outcome, Runner, busy_with
 from .pairs import plain
 
 if TYPE_CHECKING:
-    from napari.layers import Image
-    from numpy.typing import NDArray
+    from napari.layers import Image, Labels
     from qtpy.QtGui import QDragEnterEvent, QDropEvent
 
 _WIDTH = 320  # px; nothing is cut at this width
 _WARMING = "getting ready"  # a short run, for whose end the next one waits
 _POLL = 300  # ms between two looks whether the thread is free
-
-
-class _Result:
-    """A labels layer that this run made, and the array that it may write to."""
-
-    def __init__(self, layer: Labels) -> None:
-        self.layer = layer
-        self._array: NDArray[np.uint8] = layer.data
-
-    def write(self, viewer: Any, piece: Piece) -> bool:
-        """Write, unless the user has removed the layer or replaced its data."""
-        if self.layer not in viewer.layers or self.layer.data is not self._array:
-            return False
-        self._array[piece.slices] = piece.labels
-        return True
 
 
 class PredictDock(QWidget):
@@ -67,11 +51,13 @@ class PredictDock(QWidget):
         self._viewer = getattr(napari_viewer, "__wrapped__", napari_viewer)
         self._facts: Facts | None = None
         self._unread: Path | None = None  # the model file that waits to be read
+        self._taken = ""  # the model file that was offered, not chosen by the user
         self._predicting = False
         self._begun: Begun | None = None
         self._provenance: dict[str, Any] = {}
         self._layers: list[Image] = []  # what is predicted, the same order
-        self._results: dict[int, _Result] = {}
+        self._folder: Path | None = None  # what is predicted instead of layers
+        self._results: dict[int, _results.Result] = {}
         self._touched: set[int] = set()
         self._made: list[tuple[Image | None, Labels]] = []
         self._runner = Runner(self)
@@ -82,23 +68,32 @@ class PredictDock(QWidget):
         self.form.model_chosen.connect(self._on_model)
         self.form.predict.connect(self._start)
         self.form.cancel.connect(self._cancel)
-        area = QScrollArea()
-        area.setWidgetResizable(True)
-        area.setFrameShape(QFrame.Shape.NoFrame)
-        area.setHorizontalScrollBarPolicy(Qt.ScrollBarPolicy.ScrollBarAlwaysOff)
-        area.setWidget(self.form)
         layout = QVBoxLayout(self)
         layout.setContentsMargins(0, 0, 0, 0)
-        layout.addWidget(area)
+        layout.addWidget(room.Scrolled(self.form))
         self.setMinimumWidth(_WIDTH)
         self.setAcceptDrops(True)
         self._timer = QTimer(self)
         self._timer.setInterval(_POLL)
         self._timer.timeout.connect(self._poll)
         self._timer.start()
-        self._poll()
+        offer.newest.changed.connect(self._on_offer)
+        self._on_offer()
 
     # --- the model ---------------------------------------------------------------
+
+    def _on_offer(self) -> None:
+        """Follow what the other dock offers until the user chooses a model."""
+        if not self._timer.isActive():
+            return  # closed
+        field, path = self.form.model, offer.newest.path
+        if field.text() == self._taken:
+            self._taken = str(path or "")
+            field.again()  # the same file may hold another model now
+            field.set_path(self._taken)
+            if not self._taken:
+                self._on_model()
+        self.form.set_offer(offer.newest.model is not None)
 
     def _on_model(self) -> None:
         path = self.form.model.path()
@@ -107,6 +102,8 @@ class PredictDock(QWidget):
         self.form.set_depths(())
         self.form.show_text(self.form.facts, "Reading…" if path else NO_MODEL)
         self.form.facts.setToolTip("")
+        if path is None and offer.newest.model is not None:
+            self._show_facts(facts_of(offer.newest.model, None))
         self._poll()
 
     def _poll(self) -> None:
@@ -138,9 +135,9 @@ class PredictDock(QWidget):
             self._predicting = False
             self._poll()
             return
-        self._layers, self._begun = layers, None
+        self._layers, self._folder, self._begun = layers, request.folder, None
         self._provenance = {
-            "model": request.model.name,
+            "model": getattr(request.model, "name", ""),
             "depth": request.depth,
             "heads": request.heads,
         }
@@ -156,7 +153,7 @@ class PredictDock(QWidget):
     def _asked(self) -> tuple[Request, list[Image]]:
         """Return the settings as they are now, with the layers they speak of."""
         form = self.form
-        model = form.model.path()
+        model = form.model.path() or offer.newest.model
         if model is None:
             raise ValueError("A model file is needed. Press Browse, or drop one here.")
         folder, layers = None, []
@@ -212,11 +209,12 @@ class PredictDock(QWidget):
     def _show_facts(self, facts: Facts) -> None:
         self._facts = facts
         self.form.show_text(self.form.facts, facts.text())
-        self.form.facts.setToolTip(f"The file was saved on {facts.saved}.")
+        saved = f"The file was saved on {facts.saved}." if facts.saved else ""
+        self.form.facts.setToolTip(saved)
         self.form.set_depths(facts.depths)
 
     def _show_failures(self, summary: Summary) -> None:
-        text = "\n".join(summary.reasons())
+        text = "\n\n".join(f"• {reason}" for reason in summary.reasons())
         if text != self.form.failures.toPlainText():
             self.form.failures.setPlainText(text)
             self.form.failures.setVisible(bool(text))
@@ -225,8 +223,7 @@ class PredictDock(QWidget):
         if self._begun is None:
             return
         if piece.number not in self._results:
-            layer = self._new_layer(piece, self._begun.facts)
-            self._results[piece.number] = _Result(layer)
+            self._results[piece.number] = self._result_of(piece, self._begun.facts)
         if self._results[piece.number].write(self._viewer, piece):
             self._touched.add(piece.number)
 
@@ -236,17 +233,25 @@ class PredictDock(QWidget):
             layer.refresh(extent=False, thumbnail=False, highlight=False)
         self._touched.clear()
 
-    def _new_layer(self, piece: Piece, facts: Facts) -> Labels:
-        """Add a labels layer of our own; layers that are there are left as they are."""
+    def _result_of(self, piece: Piece, facts: Facts) -> _results.Result:
+        """Return where a result goes: to our own earlier one, else to a new layer."""
         image = self._layers[piece.number - 1] if self._layers else None
-        layer = Labels(
-            np.zeros(piece.shape, np.uint8),
-            name=f"prediction of {piece.title}"[:64],
-            colormap=colormap(len(facts.classes), background=facts.dense),
-            opacity=0.5,
-            metadata={OURS: {"kind": "prediction", **self._provenance}},
-            **(aligned(image, len(piece.shape)) if image is not None else {}),
-        )
+        source = f"{self._folder}/{piece.title}" if image is None else image.unique_id
+        layer = _results.earlier(self._viewer, str(source), piece.shape)
+        if layer is not None:
+            _results.clear(layer, facts, image)
+        else:
+            layer = self._add(_results.new(piece, facts, image), image)
+        layer.metadata[OURS] = {
+            "kind": "prediction",
+            "source": str(source),
+            "self": str(layer.unique_id),
+            **self._provenance,
+        }
+        return _results.Result(layer)
+
+    def _add(self, layer: Labels, image: Image | None) -> Labels:
+        """Add a layer; those that are there are left as they are."""
         for other, old in self._made:  # one result over an image is seen at a time
             if other is image and old in self._viewer.layers:
                 old.visible = False
@@ -284,9 +289,7 @@ class PredictDock(QWidget):
         for number, result in self._results.items():
             if result.layer not in self._viewer.layers:
                 continue
-            if number not in done:
-                result.layer.name = f"{result.layer.name[:51]} (incomplete)"
-            result.layer.refresh()
+            result.finish(complete=number in done)
         self._results, self._layers = {}, []
 
     def _tell_outcome(self, outcome: Outcome) -> None:
@@ -339,7 +342,11 @@ class PredictDock(QWidget):
                 self._close()
             else:
                 self._open()
+                QTimer.singleShot(0, self._share_room)
         return bool(super().event(event))
+
+    def _share_room(self) -> None:
+        room.share(self)
 
     def _close(self) -> None:
         self._timer.stop()
@@ -352,6 +359,7 @@ class PredictDock(QWidget):
         if not self._timer.isActive():
             self.form.images.open()
             self._timer.start()
+            self._on_offer()
             self.form.bar.hide()
             self.form.progress.hide()
 

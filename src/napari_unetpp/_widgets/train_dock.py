@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from napari.utils.notifications import show_error, show_info
+from napari.utils.theme import get_theme
 from qtpy.QtCore import QEvent, QTimer
 
-from napari_unetpp._widgets import _layers, keys
+from napari_unetpp._widgets import _layers, keys, offer, room
 from napari_unetpp._widgets._worker import get_ready
 from napari_unetpp._widgets.classes import are_names
 from napari_unetpp._widgets.coach import advice
@@ -28,6 +30,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _DEPTHS = {"unet++": (1, 2, 3, 4)}
+_CHOOSE = (
+    "Choose the layer with your strokes in the list beside the image, or press New for "
+    "an empty one."
+)
 _UNKNOWN = "\N{EN DASH}"
 
 
@@ -82,8 +88,14 @@ class TrainDock(TrainFace):
         self.link.trouble.connect(self._tell)
         self.files.loaded.connect(self.take_model)
         self.files.trouble.connect(self._tell)
+        self.viewer.events.theme.connect(self._on_theme)
+        self._on_theme()
         self._on_network()
         self._on_classes()
+
+    def _on_theme(self, _event: Any = None) -> None:
+        theme = get_theme(self.viewer.theme)
+        self.plot.set_theme(theme.background.as_hex(), theme.text.as_hex())
 
     def _get_ready(self) -> None:
         """Import torch in the thread while the user still looks around."""
@@ -176,6 +188,9 @@ class TrainDock(TrainFace):
                 "File > Open Sample > napari-unetpp."
             )
             return
+        if self.pairs.undecided():
+            self._tell(_CHOOSE)
+            return
         self.pairs.want_annotations()
         for pair in self.pairs.pairs():
             problem = _layers.check_annotation(pair.annotation, pair.images)
@@ -216,6 +231,8 @@ class TrainDock(TrainFace):
     def start_over(self) -> None:
         """Forget the model; the strokes stay."""
         self.link.forget()
+        if offer.newest.model is not None:
+            offer.newest.put(None)
         self._loaded = None
         self._score, self._held = None, _UNKNOWN
         self.plot.clear()
@@ -333,6 +350,8 @@ class TrainDock(TrainFace):
             text = self._waiting
         elif not self.pairs.pairs():
             text = "Open an image: drop a file on the viewer, or take a sample."
+        elif self.pairs.undecided():
+            text = _CHOOSE
         else:
             pixels, strokes = self.link.counts()
             text = advice(
@@ -372,6 +391,7 @@ class TrainDock(TrainFace):
         self.start_over()
         self.link.model = model
         self._loaded = path
+        offer.newest.put(Path(path).absolute())
         self._trouble = ""
         self.classes.set_names(model.classes)
         self._on_classes()
@@ -399,9 +419,15 @@ class TrainDock(TrainFace):
 
     def event(self, event: QEvent) -> bool:
         """Clean up when napari takes the dock away: it sends no close event."""
-        if event.type() == QEvent.Type.ParentChange and self.parent() is None:
-            self.shut_down()
+        if event.type() == QEvent.Type.ParentChange:
+            if self.parent() is None:
+                self.shut_down()
+            else:
+                QTimer.singleShot(0, self._share_room)
         return bool(super().event(event))
+
+    def _share_room(self) -> None:
+        room.share(self)
 
     def shut_down(self) -> None:
         """End the run, and let go of the viewer."""
@@ -409,6 +435,7 @@ class TrainDock(TrainFace):
             return
         self._closed = True
         keys.unbind(self)
+        self.viewer.events.theme.disconnect(self._on_theme)
         self.link.close()
         self.files.close()
         self.pairs.close_events()

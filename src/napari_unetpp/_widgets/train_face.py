@@ -20,6 +20,7 @@ from napari_unetpp._widgets.classes import ClassTable
 from napari_unetpp._widgets.depths import DepthPanel
 from napari_unetpp._widgets.pairs import PairTable
 from napari_unetpp._widgets.plot import LossPlot
+from napari_unetpp._widgets.room import Scrolled
 
 NETWORKS = {"UNet++": "unet++", "U-Net": "unet", "FCN": "fcn-8s"}
 SIZES = {"small": 8, "medium": None, "large": 32}
@@ -89,7 +90,8 @@ class TrainFace(QWidget):
         self.advanced = Advanced()
 
     def _lay_out(self) -> None:
-        layout = QVBoxLayout(self)
+        content = QWidget()
+        layout = QVBoxLayout(content)
         layout.setContentsMargins(6, 4, 6, 4)
         layout.setSpacing(4)
         layout.addWidget(self.pairs)
@@ -109,6 +111,9 @@ class TrainFace(QWidget):
         layout.addLayout(_row(self.load_button, self.save_button, self.script_button))
         layout.addWidget(self.advanced)
         layout.addStretch(1)
+        outer = QVBoxLayout(self)
+        outer.setContentsMargins(0, 0, 0, 0)
+        outer.addWidget(Scrolled(content))
         self.setMinimumWidth(330)
 
 
