@@ -1,8 +1,8 @@
 """Annotations kept apart from the user's files, so that no crash takes a stroke.
 
-A file is one line of JSON after a magic word, the non-empty blocks of the labels as one
-zlib stream, and the SHA-256 of all before it. Each layer has two files, written in turn:
-whatever happens to one, the other is whole.
+A file is a magic line, a line of JSON, the non-empty blocks of the labels as one zlib
+stream, and the SHA-256 of all that. Each layer has two files, written in turn: whatever
+happens to one, the other is whole.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import re
 import secrets
 import sys
 import time
+import weakref
 import zlib
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import platformdirs
@@ -230,8 +231,9 @@ def _note(header: Any) -> Note:
         raise _BadError("time")
     if not all(_whole(header[k], 0, 2**53) for k in ("serial", "painted")):
         raise _BadError("a number is none")
-    values = {name: header[name] for name in names}
-    return Note(**{k: tuple(v) if type(v) is list else v for k, v in values.items()})
+    values: dict[str, Any] = {name: header[name] for name in names}
+    values |= {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
+    return Note(**values)
 
 
 def _check_sizes(header: dict[str, Any], payload: int) -> None:
@@ -309,7 +311,7 @@ class Store:
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder or recovery_folder()
         self.session = secrets.token_hex(16)
-        self._lock: BinaryIO | None = None
+        self._lock: weakref.finalize[Any, Any] | None = None
         self._serials: dict[str, int] = {}
 
     def save(self, note: Note, packed: Packed) -> None:
@@ -330,6 +332,10 @@ class Store:
             with contextlib.suppress(RecoveryFileError):
                 found.append(_parsed(_content(path), shown(path))[0])
         return found
+
+    def has(self, layer: str) -> bool:
+        """Return whether there is a file of this layer."""
+        return any(self.folder.glob(f"{layer}-?{_SUFFIX}"))
 
     def forget(self, layer: str) -> None:
         """Remove the files of a layer that is safe elsewhere, or not wanted."""
@@ -362,7 +368,7 @@ class Store:
     def close(self) -> None:
         """End the session: from now on others are offered what it left."""
         if self._lock is not None:
-            self._lock.close()
+            self._lock()
             self._lock = None
             with contextlib.suppress(OSError):
                 self._lock_of(self.session).unlink()
@@ -370,8 +376,10 @@ class Store:
     def _open(self) -> None:
         if self._lock is None:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._lock = open(self._lock_of(self.session), "ab")  # noqa: SIM115
-            _lock(self._lock)
+            flags = os.O_RDWR | os.O_CREAT
+            descriptor = os.open(self._lock_of(self.session), flags, 0o600)
+            self._lock = weakref.finalize(self, os.close, descriptor)
+            _lock(descriptor)
 
     def _lock_of(self, session: str) -> Path:
         return self.folder / f"{session}.lock"
@@ -382,7 +390,7 @@ class Store:
             return True
         try:
             with open(self._lock_of(note.session), "r+b") as file:
-                _lock(file)
+                _lock(file.fileno())
         except FileNotFoundError:
             return False
         except OSError:
@@ -420,13 +428,13 @@ class Store:
                     size -= bytes_
 
 
-def _lock(file: BinaryIO) -> None:
+def _lock(descriptor: int) -> None:
     """Take the lock that the system gives back when the process ends, or raise."""
     if sys.platform == "win32":
         import msvcrt
 
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
     else:
         import fcntl
 
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -13,6 +13,7 @@ from napari_unetpp._widgets.classes import are_names
 from napari_unetpp._widgets.coach import advice
 from napari_unetpp._widgets.link import LiveLink, Settings
 from napari_unetpp._widgets.model_files import ModelFiles
+from napari_unetpp._widgets.recovery import OfferRow
 from napari_unetpp._widgets.train_face import NETWORKS, SIZES, TrainFace
 from napari_unetpp.messages import (
     Coverage,
@@ -51,6 +52,8 @@ class TrainDock(TrainFace):
         self._loaded: str | None = None
         self._closed = False
         self._first_names = self.classes.names()
+        self.unsaved = OfferRow(self)
+        self.layout().insertWidget(0, self.unsaved)
         self._connect()
         keys.bind(self)
         self._on_pairs()
@@ -185,6 +188,7 @@ class TrainDock(TrainFace):
         if self.link.model is None:
             self.plot.clear()
         self.depths.clear_costs()
+        self.unsaved.autosave.save()
         self.link.train(self._settings())
 
     def _settings(self) -> Settings:
@@ -364,6 +368,7 @@ class TrainDock(TrainFace):
 
     def take_model(self, model: Any, path: str) -> None:
         """Go on from a model that has been read from a file."""
+        self.unsaved.autosave.save()
         self.start_over()
         self.link.model = model
         self._loaded = path
@@ -404,6 +409,7 @@ class TrainDock(TrainFace):
             return
         self._closed = True
         keys.unbind(self)
+        self.unsaved.autosave.close()
         self.link.close()
         self.files.close()
         self.pairs.close_events()
