@@ -44,7 +44,7 @@ class _Kept:
         self.layer = layer
         self.id = layer.unique_id.hex
         from_file = layer.source.path or layer.source.sample
-        painted = known(self.id) or getattr(layer, "_undo_history", ())
+        painted = known(self.id) or getattr(layer, "_undo_history", False)
         self.safe = bool(from_file and not painted)  # a file holds what it holds
         self.dirty = True
         self.digest = ""  # of what is safe; only the thread touches it
