@@ -112,7 +112,6 @@ class Autosave(QObject):
         dock.installEventFilter(self)
         QApplication.instance().aboutToQuit.connect(self.flush)
         self._on_layers()
-        self.look()
 
     def look(self) -> None:
         """Find what ended sessions left; `found` follows."""
@@ -284,6 +283,7 @@ class OfferRow(QWidget):
         self.autosave = Autosave(dock)
         self.autosave.found.connect(self._on_found)
         self.autosave.trouble.connect(dock._tell)
+        self.autosave.look()
 
     def _on_found(self, offers: list[Offer], bad: list[str]) -> None:
         open_ = {layer.unique_id.hex for layer in self._dock.viewer.layers}
