@@ -119,6 +119,20 @@ def test_what_was_unsaved_at_the_end_is_offered_and_restored(
     wait(lambda: {p.name[:32] for p in folder.glob("*.s*")} == {back.unique_id.hex})
 
 
+def test_a_plain_close_of_the_viewer_saves(
+    open_dock: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "PERIOD", 10**7)
+    dock = open_dock(cell())
+    dock.pairs.want_annotations()
+    layer = dock.pairs.pairs()[0].annotation
+    dock.viewer.window._qt_window.show()
+    layer.paint((50, 60), 2)
+    assert newest(folder) is None
+    dock.viewer.close()
+    assert saved(folder, layer.data)
+
+
 def test_restoring_adds_a_layer_with_its_classes(
     open_dock: Any, folder: Path, wait: Any
 ) -> None:

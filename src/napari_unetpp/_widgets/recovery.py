@@ -276,8 +276,11 @@ class OfferRow(QWidget):
         layout.setSpacing(2)
         layout.addWidget(self.text)
         line = QHBoxLayout()
+        before: QWidget = dock  # on top for the Tab key, too
         for button in (self.restore, self.later, self.discard):
             line.addWidget(button)
+            QWidget.setTabOrder(before, button)
+            before = button
         layout.addLayout(line)
         self.setVisible(False)
         self.autosave = Autosave(dock)
