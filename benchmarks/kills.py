@@ -96,12 +96,13 @@ def kill_once(side: int, seconds: float) -> tuple[int, int, int]:
             labels = read(offers[0].path)[1]
     except RecoveryFileError:
         torn += 1
-    lost = sum(
-        labels[place(int(n), side)] != int(n) % 2 + 1
+    ages = [
+        killed - float(when)
         for n, when in strokes
-        if float(when) < killed - PERIOD - SLACK
-    )
-    return torn, int(lost), len(strokes)
+        if labels[place(int(n), side)] != int(n) % 2 + 1
+    ]
+    print(f"oldest stroke lost: {max(ages, default=0):.2f} s", flush=True)
+    return torn, sum(age > PERIOD + SLACK for age in ages), len(strokes)
 
 
 def stall(side: int) -> None:
