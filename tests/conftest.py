@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 # Before torch is imported: two threads that wait for each other on a busy machine take
 # ten times as long as one, and the figures of one are the same everywhere.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Never the user's own: a test's strokes would be offered in the next napari.
+os.environ["NAPARI_UNETPP_RECOVERY"] = tempfile.mkdtemp(prefix="napari-unetpp-")
 
 import hypothesis
 import pytest

@@ -83,6 +83,7 @@ NET = {
     "name": (("unet++",), ("UNet++", "", None, [], 3)),
 }  # fmt: skip
 TRAIN = {
+    "pretrained": ((True, False), (1, None)),
     "patch": ((16, 4096), (15, 4097, 0, 10**6, 64.0)),
     "batch": ((1, 4096), (0, 4097, 1.0)),
     "warp_after": ((0, 10**9), (-1, 10**9 + 1, 0.5)),

@@ -49,14 +49,15 @@ TABLE = {
     "messages": "model score",  # for its types alone: it is free of torch
     "live": "+train +predict trainer messages heldout",
     "script": "io errors",
+    "recovery": "io errors",
     "samples": "errors",
     "batch": "predict model io preprocess config errors",
     "api": "+live +batch evaluate samples io",
     "cli": "api batch checkpoint evaluate io samples config errors",
     "_sample_data": "samples",
-    "_widgets": "messages config errors api live device script",
+    "_widgets": "messages config errors api live device script recovery",
 }
-# Of these, _widgets imports the last three inside functions, which run in its thread.
+# Of these, _widgets imports the last four inside functions, which run in its thread.
 WIDGETS_AT_MODULE_LEVEL = {"_widgets", "messages", "config", "errors"}
 
 QT = {
@@ -66,7 +67,7 @@ QT = {
 KNOWS_NAPARI = {"_widgets", "_sample_data"}
 WITHOUT_TORCH = {
     "__init__", "errors", "config", "messages", "sampling", "evaluate", "modelfile",
-    "checkpoint",
+    "checkpoint", "recovery",
     "samples", "batch", "script", "_sample_data",
 }  # fmt: skip
 

@@ -15,6 +15,12 @@ class ImageFileError(UnetppError):
     """An image file cannot be read, or its header does not agree with its content."""
 
 
+class RecoveryFileError(UnetppError):
+    """A recovery file is `damaged`, or cannot be opened."""
+
+    damaged = False
+
+
 class SaveError(UnetppError):
     """A file could not be written; whatever stood there before is still there."""
 

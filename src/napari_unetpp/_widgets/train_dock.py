@@ -15,6 +15,7 @@ from napari_unetpp._widgets.classes import are_names
 from napari_unetpp._widgets.coach import advice
 from napari_unetpp._widgets.link import LiveLink, Settings
 from napari_unetpp._widgets.model_files import ModelFiles
+from napari_unetpp._widgets.recovery import OfferRow
 from napari_unetpp._widgets.train_face import NETWORKS, SIZES, TrainFace
 from napari_unetpp.messages import (
     Coverage,
@@ -59,6 +60,8 @@ class TrainDock(TrainFace):
         self._loaded: str | None = None
         self._closed = False
         self._first_names = self.classes.names()
+        self.unsaved = OfferRow(self)
+        self.layout().insertWidget(0, self.unsaved)
         self._connect()
         keys.bind(self)
         self._on_pairs()
@@ -202,6 +205,7 @@ class TrainDock(TrainFace):
         if self.link.model is None:
             self.plot.clear()
         self.depths.clear_costs()
+        self.unsaved.autosave.save()
         self.link.train(self._settings())
 
     def _settings(self) -> Settings:
@@ -388,6 +392,7 @@ class TrainDock(TrainFace):
 
     def take_model(self, model: Any, path: str) -> None:
         """Go on from a model that has been read from a file."""
+        self.unsaved.autosave.save()
         self.start_over()
         self.link.model = model
         self._loaded = path
@@ -436,6 +441,7 @@ class TrainDock(TrainFace):
         self._closed = True
         keys.unbind(self)
         self.viewer.events.theme.disconnect(self._on_theme)
+        self.unsaved.autosave.close()
         self.link.close()
         self.files.close()
         self.pairs.close_events()
