@@ -49,7 +49,7 @@ TABLE = {
     "messages": "model score",  # for its types alone: it is free of torch
     "live": "+train +predict trainer messages heldout",
     "script": "io errors",
-    "recovery": "io errors",
+    "recovery": "checkpoint io errors",
     "samples": "errors",
     "batch": "predict model io preprocess config errors",
     "api": "+live +batch evaluate samples io",

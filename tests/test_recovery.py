@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from napari_unetpp import recovery
+from napari_unetpp.config import NetConfig
 from napari_unetpp.errors import RecoveryFileError, SaveError
 from napari_unetpp.recovery import Note, Store, from_bytes, pack, read, to_bytes
 
@@ -164,3 +165,45 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises((SaveError, OSError)):
         Store(tmp_path / "file").save(NOTE, pack(painted()))
+
+
+def trained(path: Path) -> None:
+    """Leave the checkpoint of a training of two steps."""
+    from napari_unetpp.train import train  # late: torch is slow to import
+
+    image = np.random.default_rng(0).random((64, 64))
+    strokes = np.zeros((64, 64), np.uint8)
+    strokes[10:20, 10:50], strokes[40:50, 10:50] = 1, 2
+    small = NetConfig("unet", width=4, levels=1)
+    train(image, strokes, network=small, max_steps=2, checkpoint=path, device="cpu")
+
+
+def test_a_training_is_offered_when_its_session_has_ended(tmp_path: Path) -> None:
+    first = Store(tmp_path)
+    files = [first.new_training() for _ in range(2)]
+    for file in files:
+        trained(file)
+    second = Store(tmp_path)
+    assert second.trainings() == []  # it lives
+    first.close()
+    os.utime(files[0], (0, 0))
+    (found,) = second.trainings()  # the last one of the session
+    assert (found.path, found.steps) == (files[1], 2)
+    files[1].write_bytes(b"damaged")
+    assert [t.path for t in second.trainings()] == [files[0]]
+    second.forget_training(files[0])
+    assert second.trainings() == []
+    assert not files[0].exists()
+
+
+def test_only_the_last_two_trainings_of_a_session_are_kept(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    files = []
+    for _ in range(3):
+        files.append(store.new_training())
+        files[-1].write_bytes(b"checkpoint")
+        files[-1].with_name(f"{files[-1].stem}.best.safetensors").write_bytes(b"best")
+    assert [f.exists() for f in files] == [False, True, True]
+    assert len(list(tmp_path.glob("*.safetensors"))) == 4
+    store.forget_trainings()
+    assert not list(tmp_path.glob("*.safetensors"))

@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import platformdirs
 
-from napari_unetpp.errors import RecoveryFileError
+from napari_unetpp import checkpoint
+from napari_unetpp.errors import ModelFileError, RecoveryFileError
 from napari_unetpp.io.files import atomic_write, opened, shown
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ _LARGEST = 2**36  # bytes of labels in memory
 _RATIO = 1032  # zlib cannot do better
 _DTYPES = {f"{kind}{size}" for kind in "ui" for size in (1, 2, 4, 8)}
 _SUFFIX = ".strokes"
+_TRAINING = ".training.safetensors"  # a checkpoint
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,14 @@ class Offer(NamedTuple):
     path: Path
     note: Note
     shape: tuple[int, ...]
+
+
+class Training(NamedTuple):
+    """A training whose model was not saved when its session ended."""
+
+    path: Path
+    time: float
+    steps: int
 
 
 def recovery_folder() -> Path:
@@ -313,6 +323,7 @@ class Store:
         self.session = secrets.token_hex(16)
         self._lock: weakref.finalize[Any, Any] | None = None
         self._serials: dict[str, int] = {}
+        self._trainings = 0
 
     def save(self, note: Note, packed: Packed) -> None:
         """Write an annotation; the file before it stays."""
@@ -362,8 +373,53 @@ class Store:
             old = best.get(note.layer)
             if old is None or old.note.serial < note.serial:
                 best[note.layer] = Offer(path, note, tuple(header["shape"]))
-        found = [o for o in best.values() if o.note.painted and not self._lives(o.note)]
+        found = [
+            o
+            for o in best.values()
+            if o.note.painted and not self._lives(o.note.session)
+        ]
         return sorted(found, key=lambda o: -o.note.time), bad
+
+    def new_training(self) -> Path:
+        """Return the checkpoint file of a training that begins.
+
+        That of the training before stays: until the new one has written its first
+        checkpoint, there is no other.
+        """
+        self._open()
+        self._trainings += 1
+        for number in range(1, self._trainings - 1):
+            self.forget_training(self.folder / self._training(number))
+        return self.folder / self._training(self._trainings)
+
+    def _training(self, number: int) -> str:
+        return f"{self.session}-{number}{_TRAINING}"
+
+    def forget_trainings(self) -> None:
+        """Remove this session's checkpoints: their model is saved."""
+        for path in self.folder.glob(f"{self.session}-*{_TRAINING}"):
+            self.forget_training(path)
+
+    def forget_training(self, path: Path) -> None:
+        """Remove a checkpoint and those beside it."""
+        for file in self.folder.glob(f"{path.stem}*.safetensors"):
+            with contextlib.suppress(OSError):
+                file.unlink()
+
+    def trainings(self) -> list[Training]:
+        """Return the last training of each ended session, newest first."""
+        newest: dict[str, Training] = {}
+        for path in self.folder.glob(f"*-*{_TRAINING}"):
+            session = path.name.partition("-")[0]
+            if self._lives(session):
+                continue
+            with contextlib.suppress(ModelFileError, OSError):
+                found = Training(
+                    path, path.stat().st_mtime, checkpoint.read(path).steps
+                )
+                if session not in newest or newest[session].time < found.time:
+                    newest[session] = found
+        return sorted(newest.values(), key=lambda t: -t.time)
 
     def close(self) -> None:
         """End the session: from now on others are offered what it left."""
@@ -384,12 +440,12 @@ class Store:
     def _lock_of(self, session: str) -> Path:
         return self.folder / f"{session}.lock"
 
-    def _lives(self, note: Note) -> bool:
-        """Whether the session that wrote this has not ended: its lock is held."""
-        if note.session == self.session:
+    def _lives(self, session: str) -> bool:
+        """Whether a session has not ended: its lock is held."""
+        if session == self.session:
             return True
         try:
-            with open(self._lock_of(note.session), "r+b") as file:
+            with open(self._lock_of(session), "r+b") as file:
                 _lock(file.fileno())
         except FileNotFoundError:
             return False
@@ -402,6 +458,7 @@ class Store:
         now = time.time()
         ages = (
             (f"*{_SUFFIX}", DAYS),
+            ("*.safetensors", DAYS),
             ("*.bad", DAYS),
             ("*.lock", DAYS),
             (".*.part", 1),
@@ -415,7 +472,9 @@ class Store:
     def _keep_small(self, newest: Path) -> None:
         files = []
         for path in itertools.chain(
-            self.folder.glob(f"*{_SUFFIX}"), self.folder.glob("*.bad")
+            self.folder.glob(f"*{_SUFFIX}"),
+            self.folder.glob("*.bad"),
+            self.folder.glob("*.safetensors"),
         ):
             with contextlib.suppress(OSError):
                 stat = path.stat()

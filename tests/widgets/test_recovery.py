@@ -248,3 +248,64 @@ def test_a_killed_process_loses_no_saved_stroke(tmp_path: Path) -> None:
     )  # fmt: skip
     assert found.returncode == 0, found.stdout[-500:] + found.stderr[-2000:]
     assert "kills 3, torn files 0" in found.stdout  # what is lost depends on the load
+
+
+def painted_dock(open_dock: Any) -> TrainDock:
+    """Return a dock that is ready to train a tiny network."""
+    rng = np.random.default_rng(0)
+    dock = open_dock(Image(rng.random((64, 96)), name="cell"))
+    dock.pairs.want_annotations()
+    layer = dock.pairs.pairs()[0].annotation
+    layer.data[8:14, 8:60], layer.data[40:46, 8:60] = 1, 2
+    layer.refresh()
+    dock.network_box.setCurrentText("U-Net")
+    return dock
+
+
+def test_a_training_that_was_not_saved_is_offered_and_goes_on(
+    open_dock: Any, folder: Path, wait: Any, tmp_path: Path
+) -> None:
+    dock = painted_dock(open_dock)
+    dock.train()
+    wait(lambda: dock.link.steps >= 3)
+    dock.link.stop()
+    wait(lambda: dock.link.state == "idle")
+    steps = dock.link.model.history[-1].step
+    dock.viewer.window.remove_dock_widget(dock)
+    again = open_dock(Image(np.zeros((64, 96), np.uint8), name="other"))
+    wait(lambda: bool(again.unsaved.offers))
+    again.unsaved.offers = [o for o in again.unsaved.offers if hasattr(o, "steps")]
+    again.unsaved._show()
+    assert f"trained for {steps:,} steps" in again.unsaved.text.text()
+    again.unsaved.restore.click()
+    wait(lambda: again.link.model is not None)
+    wait(lambda: again.link.state == "idle")
+    assert again.link.model.config.name == "unet"
+    assert again.link.model.history[-1].step == steps
+    assert list(folder.glob("*.safetensors"))  # until it is saved
+    again.files.write(again.link.named(), str(tmp_path / "mine.safetensors"))
+    wait(lambda: not list(folder.glob("*.safetensors")))
+    assert (tmp_path / "mine.safetensors").exists()
+
+
+def test_a_training_can_be_discarded(
+    open_dock: Any, folder: Path, wait: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dock = painted_dock(open_dock)
+    dock.train()
+    wait(lambda: dock.link.steps >= 2)
+    dock.link.stop()
+    wait(lambda: dock.link.state == "idle")
+    dock.viewer.window.remove_dock_widget(dock)
+    again = open_dock()
+    wait(lambda: bool(again.unsaved.offers))
+    again.unsaved.offers = [o for o in again.unsaved.offers if hasattr(o, "steps")]
+    answers = iter(
+        [QMessageBox.StandardButton.Cancel, QMessageBox.StandardButton.Discard]
+    )
+    monkeypatch.setattr(QMessageBox, "exec", lambda _: next(answers))
+    again.unsaved.discard.click()
+    assert list(folder.glob("*.safetensors"))
+    again.unsaved.discard.click()
+    assert not list(folder.glob("*.safetensors"))
+    assert not again.unsaved.isVisibleTo(again)

@@ -21,7 +21,8 @@ from napari_unetpp.messages import (
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Generator, Sequence
+    from collections.abc import Callable, Generator, Sequence
+    from pathlib import Path
 
     from napari.layers import Image, Labels
 
@@ -98,6 +99,7 @@ class LiveLink(QObject):
         self.probabilities = False
         self.uncertainty = False
         self.device = "auto"
+        self.new_checkpoint: Callable[[], Path | None] = lambda: None
         self.state = "idle"  # training, paused, stopping, showing
         self._runner = Runner(self)
         self._runner.received.connect(self._on_message)
@@ -322,6 +324,7 @@ class LiveLink(QObject):
         names = [link.pair.images[0].name[:64] for link in self._links]
         mailbox = self._mailbox = Mailbox(self._wishes())
         model, n_classes = self.model, len(self.classes)
+        kept = self.new_checkpoint() if self._training else None
 
         def make(stop: threading.Event) -> Generator[Message, None, Any]:
             from napari_unetpp.config import TrainConfig, working_config
@@ -348,6 +351,7 @@ class LiveLink(QObject):
                 seed=settings.seed,
                 device=settings.device,
                 stop=stop,
+                checkpoint=kept,
             )
 
         title = "training" if self._training else "labelling all images"

@@ -28,10 +28,12 @@ class ModelFiles(QObject):
     Signals
     -------
     loaded : Model and the path of its file
+    saved : a model is in a file of the user's
     trouble : str, what went wrong; "" after what went well
     """
 
     loaded = Signal(object, str)
+    saved = Signal()
     trouble = Signal(str)
 
     def __init__(self, dock: QWidget) -> None:
@@ -83,6 +85,7 @@ class ModelFiles(QObject):
         def then(_: str) -> None:
             offer.newest.put(Path(target).absolute())
             show_info(safe(f"Saved {Path(target).name}."))
+            self.saved.emit()
 
         if not is_busy():
             self._work(work, then, "saving the model")

@@ -26,8 +26,9 @@ from napari_unetpp.errors import UnetppError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
-    from napari_unetpp.recovery import Note, Offer
+    from napari_unetpp.recovery import Note, Offer, Training
 
 _log = logging.getLogger("napari_unetpp")
 PERIOD = 15_000  # ms
@@ -78,7 +79,7 @@ class Autosave(QObject):
 
     Attributes
     ----------
-    found : Signal of list of Offer and list of str
+    found : Signal of list of Training and Offer, and list of str
         What ended sessions left, and the names of damaged files.
     trouble : Signal of str
         Why a save failed, once.
@@ -119,7 +120,8 @@ class Autosave(QObject):
 
     def _look(self) -> None:
         try:
-            self.found.emit(*self.store.offers())
+            offers, bad = self.store.offers()
+            self.found.emit([*offers, *self.store.trainings()], bad)
         except (OSError, RuntimeError) as error:  # the latter: the dock is gone
             _log.warning("Recovery files cannot be listed: %s", error)
 
@@ -138,11 +140,11 @@ class Autosave(QObject):
         if new:
             self.save()
 
-    def restored(self, layer: Labels, offer: Offer) -> None:
+    def restored(self, layer: Labels, replaces: str) -> None:
         """Look after a layer that has been restored; then its old file may go."""
         for kept in self._kept:
             if kept.layer is layer:
-                kept.replaces, kept.dirty = offer.note.layer, True
+                kept.replaces, kept.dirty = replaces, True
         self.save()
 
     def save(self) -> None:
@@ -152,6 +154,14 @@ class Autosave(QObject):
                 kept.dirty = False  # before the thread reads
                 self._submit(kept, safe=kept.safe)
                 kept.safe = False
+
+    def training(self) -> Path | None:
+        """Return where a training that begins keeps its checkpoints, if anywhere."""
+        try:
+            return self.store.new_training()
+        except OSError as error:
+            self._failed.emit(str(error))
+            return None
 
     def flush(self) -> None:
         """Save what has changed and wait until it is on the disk."""
@@ -260,12 +270,16 @@ class OfferRow(QWidget):
     def __init__(self, dock: Any) -> None:
         super().__init__(dock)
         self._dock = dock
-        self.offers: list[Offer] = []
+        self.offers: list[Offer | Training] = []
+        self._taken: list[Path] = []  # trainings that were restored
         self.text = QLabel()
         self.text.setTextFormat(Qt.TextFormat.PlainText)
         self.text.setWordWrap(True)
         self.restore = _button(
-            "Restore", "Add it as a new layer; no other layer changes.", self._restore
+            "Restore",
+            "Strokes become a new layer, no other layer changes; a model becomes the "
+            "one that Train goes on with.",
+            self._restore,
         )
         self.later = _button(
             "Later", "Keep it and offer it at the next start.", self._later
@@ -288,9 +302,11 @@ class OfferRow(QWidget):
         self.autosave.trouble.connect(dock._tell)
         self.autosave.look()
 
-    def _on_found(self, offers: list[Offer], bad: list[str]) -> None:
+    def _on_found(self, offers: list[Offer | Training], bad: list[str]) -> None:
         open_ = {layer.unique_id.hex for layer in self._dock.viewer.layers}
-        self.offers = [offer for offer in offers if offer.note.layer not in open_]
+        self.offers = [
+            o for o in offers if (n := _note(o)) is None or n.layer not in open_
+        ]
         if bad:
             self._dock._tell(
                 f"{len(bad)} recovery file(s) were damaged and are set aside, such as "
@@ -301,12 +317,17 @@ class OfferRow(QWidget):
     def _show(self) -> None:
         self.setVisible(bool(self.offers))
         if self.offers:
-            self.text.setText(described(self.offers[0].note, len(self.offers) - 1))
+            self.text.setText(described(self.offers[0], len(self.offers) - 1))
 
     def _restore(self) -> None:
         from napari_unetpp.recovery import read
 
         offer = self.offers[0]
+        if _note(offer) is None:
+            self._taken.append(offer.path)
+            self._dock.files.read(str(offer.path))
+            self._next()
+            return
         try:
             note, labels = read(offer.path)
         except UnetppError as error:
@@ -325,35 +346,57 @@ class OfferRow(QWidget):
             if pair.images[0].name == note.image:
                 if _layers.spatial_shape(pair.images) == labels.shape:
                     self._dock.pairs.set_annotation(row, layer)
-        self.autosave.restored(layer, offer)
+        self.autosave.restored(layer, note.layer)
         self._next()
 
     def _later(self) -> None:
         self._next()
 
     def _discard(self) -> None:
-        note = self.offers[0].note
+        offer = self.offers[0]
         box = QMessageBox(self._dock)
         box.setTextFormat(Qt.TextFormat.PlainText)
-        box.setText(f"Delete for ever?\n{described(note, 0)}")
+        box.setText(f"Delete for ever?\n{described(offer, 0)}")
         box.setStandardButtons(
             QMessageBox.StandardButton.Discard | QMessageBox.StandardButton.Cancel
         )
         box.setDefaultButton(QMessageBox.StandardButton.Cancel)
         if box.exec() == QMessageBox.StandardButton.Discard:
-            self.autosave.store.forget(note.layer)
+            kept = _note(offer)
+            if kept is not None:
+                self.autosave.store.forget(kept.layer)
+            else:
+                self.autosave.store.forget_training(offer.path)
             self._next()
+
+    def saved(self) -> None:
+        """Take note that the model is safe: no checkpoint of it need be offered."""
+        if self._dock.link.state == "idle":
+            self.autosave.store.forget_trainings()
+            for path in self._taken:
+                self.autosave.store.forget_training(path)
 
     def _next(self) -> None:
         self.offers = self.offers[1:]
         self._show()
 
 
-def described(note: Note, more: int) -> str:
+def _note(offer: Offer | Training) -> Note | None:
+    return getattr(offer, "note", None)
+
+
+def described(offer: Any, more: int) -> str:
     """Return what an offer is, in words."""
+    rest = f" ({more} more)" if more else ""
+    note = _note(offer)
+    if note is None:
+        when = datetime.fromtimestamp(offer.time).astimezone()
+        return (
+            f"Unsaved model, {when.day} {when:%b %H:%M}, trained for {offer.steps:,} "
+            f"steps{rest}"
+        )
     when = datetime.fromtimestamp(note.time).astimezone()
     of = f" of image '{plain(note.image)}'" if note.image else ""
-    rest = f" ({more} more)" if more else ""
     return (
         f"Unsaved annotation '{plain(note.name)}'{of}, {when.day} {when:%b %H:%M}, "
         f"{note.painted:,} painted pixels{rest}"

@@ -91,6 +91,8 @@ class TrainDock(TrainFace):
         self.link.trouble.connect(self._tell)
         self.files.loaded.connect(self.take_model)
         self.files.trouble.connect(self._tell)
+        self.files.saved.connect(self.unsaved.saved)
+        self.link.new_checkpoint = self.unsaved.autosave.training
         self.viewer.events.theme.connect(self._on_theme)
         self._on_theme()
         self._on_network()
