@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -207,3 +209,18 @@ def test_only_the_last_two_trainings_of_a_session_are_kept(tmp_path: Path) -> No
     assert len(list(tmp_path.glob("*.safetensors"))) == 4
     store.forget_trainings()
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_store_may_be_opened_from_two_threads_at_once(tmp_path: Path) -> None:
+    for n in range(30):
+        store = Store(tmp_path / str(n))
+        barrier = threading.Barrier(2)
+
+        def begin(store: Store = store, barrier: threading.Barrier = barrier) -> Path:
+            barrier.wait()
+            return store.new_training()
+
+        with ThreadPoolExecutor(2) as pool:
+            for found in [pool.submit(begin) for _ in range(2)]:
+                assert found.result().parent == tmp_path / str(n)
+        store.close()

@@ -252,7 +252,7 @@ class TrainConfig(Settings):
     ----------
     pretrained : bool
         Start a new network from the weights that ship, where its kind and size have
-        some (the default UNet++ has); False: from random ones.
+        some (UNet++ of the default width and two classes has); False: from random ones.
     patch, batch : int
         Side of a training patch in pixels, and patches per step.
     optimizer : {"adamw", "adam", "sgd"}

@@ -35,19 +35,18 @@ def start_from_pretrained(network: SegmentationNet) -> str | None:
     Notes
     -----
     The weights know background and nuclei in colour images. The first convolution is
-    folded for other numbers of channels: one channel gets the sum of the three. Every
-    class but the first starts as nuclei; a class that is none unlearns that in a few
-    steps, which costs less than heads that know nothing. UNet++ nodes that are deeper
-    than the file's start at random, and their head, a correction, at 0.
+    folded for other numbers of channels: one channel gets the sum of the three. UNet++
+    nodes that are deeper than the file's start at random, and their head, a
+    correction, at 0. Networks of more than two classes are left alone: on blood cells
+    (three classes) classes that all start as nuclei cost more than the weights bring.
     """
     source = _source(network.config.name)
     if source is None:
         return None
     own, theirs = network.config, source.config
     levels = own.levels if own.name == "unet++" else theirs.levels
-    channels, classes = own.in_channels, own.out_channels
-    fitting = theirs.replaced(levels=levels, in_channels=channels, out_channels=classes)
-    if fitting != own:
+    channels = own.in_channels
+    if theirs.replaced(levels=levels, in_channels=channels) != own:
         return None
     origin = source.copy().network
     origin.add_to_logits([-p for p in source.prior])
@@ -57,8 +56,6 @@ def start_from_pretrained(network: SegmentationNet) -> str | None:
             given = weights[name]
             if name == "x_0_0.conv1.weight":
                 given = _folded(given, theirs.in_channels, channels)
-            elif name.startswith("head_"):
-                given = _as_classes(given, theirs.out_channels, classes)
             weight.copy_(given)
     return str(source.provenance["digest"])
 
@@ -75,10 +72,3 @@ def _folded(weight: torch.Tensor, given: int, wanted: int) -> torch.Tensor:
     split = weight.view(len(weight), given, -1, *weight.shape[2:])  # (F, C, s s, k, k)
     mean = split.sum(1, keepdim=True) / wanted
     return mean.repeat(1, wanted, 1, 1, 1).flatten(1, 2)
-
-
-def _as_classes(score: torch.Tensor, given: int, wanted: int) -> torch.Tensor:
-    """Return weights of a head, (K s s, ...), for another number of classes."""
-    split = score.view(given, -1, *score.shape[1:])  # (K, s s, ...)
-    index = [min(k, given - 1) for k in range(wanted)]
-    return split[index].flatten(0, 1)

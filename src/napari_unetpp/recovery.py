@@ -16,6 +16,7 @@ import os
 import re
 import secrets
 import sys
+import threading
 import time
 import weakref
 import zlib
@@ -324,6 +325,7 @@ class Store:
         self._lock: weakref.finalize[Any, Any] | None = None
         self._serials: dict[str, int] = {}
         self._trainings = 0
+        self._opening = threading.Lock()
 
     def save(self, note: Note, packed: Packed) -> None:
         """Write an annotation; the file before it stays."""
@@ -430,12 +432,13 @@ class Store:
                 self._lock_of(self.session).unlink()
 
     def _open(self) -> None:
-        if self._lock is None:
-            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            flags = os.O_RDWR | os.O_CREAT
-            descriptor = os.open(self._lock_of(self.session), flags, 0o600)
-            self._lock = weakref.finalize(self, os.close, descriptor)
-            _lock(descriptor)
+        with self._opening:  # a second lock, by another thread, would be refused
+            if self._lock is None:
+                self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+                flags = os.O_RDWR | os.O_CREAT
+                descriptor = os.open(self._lock_of(self.session), flags, 0o600)
+                self._lock = weakref.finalize(self, os.close, descriptor)
+                _lock(descriptor)
 
     def _lock_of(self, session: str) -> Path:
         return self.folder / f"{session}.lock"

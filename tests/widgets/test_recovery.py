@@ -273,7 +273,7 @@ def test_a_training_that_was_not_saved_is_offered_and_goes_on(
     steps = dock.link.model.history[-1].step
     dock.viewer.window.remove_dock_widget(dock)
     again = open_dock(Image(np.zeros((64, 96), np.uint8), name="other"))
-    wait(lambda: bool(again.unsaved.offers))
+    wait(lambda: any(hasattr(o, "steps") for o in again.unsaved.offers))
     again.unsaved.offers = [o for o in again.unsaved.offers if hasattr(o, "steps")]
     again.unsaved._show()
     assert f"trained for {steps:,} steps" in again.unsaved.text.text()
@@ -298,7 +298,7 @@ def test_a_training_can_be_discarded(
     wait(lambda: dock.link.state == "idle")
     dock.viewer.window.remove_dock_widget(dock)
     again = open_dock()
-    wait(lambda: bool(again.unsaved.offers))
+    wait(lambda: any(hasattr(o, "steps") for o in again.unsaved.offers))
     again.unsaved.offers = [o for o in again.unsaved.offers if hasattr(o, "steps")]
     answers = iter(
         [QMessageBox.StandardButton.Cancel, QMessageBox.StandardButton.Discard]

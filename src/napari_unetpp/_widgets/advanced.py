@@ -66,8 +66,8 @@ class Advanced(QWidget):
         self._patch.setToolTip("Side of the patches that are trained on, in pixels.")
         self._pretrained = _check(
             "Start from pre-trained weights",
-            "UNet++ of the default size starts with weights that have seen nuclei of "
-            "many kinds, which helps on most images; else from random ones.",
+            "UNet++ of the default size and two classes starts with weights that have "
+            "seen nuclei of many kinds; everything else from random ones.",
         )
         self._pretrained.setChecked(default.pretrained)
         self._elastic = _check(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("napari_unetpp")
 PERIOD = 15_000  # ms
+_TICK = 100  # ms between two looks at what the thread has found
 _CANNOT = (
     "An annotation that is not in memory (zarr, dask, several resolutions) cannot be "
     "saved by itself: save it yourself."
@@ -87,7 +89,6 @@ class Autosave(QObject):
 
     found = Signal(list, list)
     trouble = Signal(str)
-    _failed = Signal(str)
 
     def __init__(self, dock: Any) -> None:
         super().__init__(dock)
@@ -100,7 +101,12 @@ class Autosave(QObject):
         self._told = False
         self._closed = False
         self._thread = ThreadPoolExecutor(1, "napari-unetpp autosave")
-        self._failed.connect(self._tell)
+        # A thread must not emit: the object may be gone from under the signal.
+        self._news: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._reader = QTimer(self)
+        self._reader.setInterval(_TICK)
+        self._reader.timeout.connect(self._read)
+        self._reader.start()
         self._timer = QTimer(self)
         self._timer.setInterval(PERIOD)
         self._timer.timeout.connect(self.save)
@@ -121,9 +127,15 @@ class Autosave(QObject):
     def _look(self) -> None:
         try:
             offers, bad = self.store.offers()
-            self.found.emit([*offers, *self.store.trainings()], bad)
-        except (OSError, RuntimeError) as error:  # the latter: the dock is gone
+            both = [*offers, *self.store.trainings()]
+            self._news.put(lambda: self.found.emit(both, bad))
+        except OSError as error:
             _log.warning("Recovery files cannot be listed: %s", error)
+
+    def _read(self) -> None:
+        """Pass on what the thread has found."""
+        while not self._news.empty():
+            self._news.get()()
 
     def _on_layers(self, event: Any = None) -> None:
         now = [x for x in self.layers if isinstance(x, Labels) and not is_ours(x)]
@@ -160,7 +172,7 @@ class Autosave(QObject):
         try:
             return self.store.new_training()
         except OSError as error:
-            self._failed.emit(str(error))
+            self._tell(str(error))
             return None
 
     def flush(self) -> None:
@@ -191,7 +203,8 @@ class Autosave(QObject):
                 kept.replaces = ""
         except (UnetppError, OSError, MemoryError) as error:
             kept.dirty = True
-            self._failed.emit(str(error) or type(error).__name__)
+            why = str(error) or type(error).__name__
+            self._news.put(lambda: self._tell(why))
 
     def _tell(self, why: str) -> None:
         if not self._told:
@@ -243,6 +256,7 @@ class Autosave(QObject):
         self.flush()
         self._closed = True
         self._timer.stop()
+        self._reader.stop()
         self._thread.shutdown()
         self.store.close()
         for kept in self._kept:
