@@ -300,7 +300,7 @@ class OfferRow(QWidget):
         )
         self.discard = _button("Discard…", "Delete it for ever.", self._discard)
         layout = QVBoxLayout(self)
-        layout.setContentsMargins(0, 0, 0, 2)
+        layout.setContentsMargins(8, 0, 8, 2)
         layout.setSpacing(2)
         layout.addWidget(self.text)
         line = QHBoxLayout()
