@@ -293,10 +293,11 @@ class _Best:
     def _is_better(self, score: float | None) -> bool:
         if score is None:
             return False
-        better = score > self._score
-        self._failures = 0 if better else self._failures + 1
-        self._score = max(self._score, score) if better else self._score
-        return better
+        if score > self._score:
+            self._score, self._failures = score, 0
+            return True
+        self._failures += 1  # of NaN, too
+        return False
 
 
 def _end(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from queue import SimpleQueue
 from typing import Any
 
 from napari.qt.threading import create_worker
@@ -295,6 +296,33 @@ class Runner(QObject):
             _next()
 
 
+class Inbox(QObject):
+    """Calls on the GUI thread what another thread has put here.
+
+    A plain thread must not emit: the object may go from under its signal.
+    """
+
+    def __init__(self, parent: QObject | None = None) -> None:
+        super().__init__(parent)
+        self._calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._timer = QTimer(self)
+        self._timer.setInterval(_TICK)
+        self._timer.timeout.connect(self._read)
+        self._timer.start()
+
+    def put(self, call: Callable[[], None]) -> None:
+        """Let the GUI thread call this, if it still does when its turn comes."""
+        self._calls.put(call)
+
+    def close(self) -> None:
+        """Call nothing any more."""
+        self._timer.stop()
+
+    def _read(self) -> None:
+        while not self._calls.empty():
+            self._calls.get()()
+
+
 class Aside(QObject):
     """Does short work beside the run that has the thread, such as writing a file.
 
@@ -302,11 +330,9 @@ class Aside(QObject):
     ends when the work has ended, so that no file is lost.
     """
 
-    _ended = Signal(object, object)
-
     def __init__(self, parent: QObject | None = None) -> None:
         super().__init__(parent)
-        self._ended.connect(self._deliver)
+        self._inbox = Inbox(self)
 
     def start(
         self, work: Callable[[], object], then: Callable[[Outcome], None]
@@ -318,13 +344,9 @@ class Aside(QObject):
                 outcome = Outcome(result=work())
             except BaseException as error:  # noqa: BLE001  # told, not lost
                 outcome = Outcome(failure=failure_of(error))
-            with suppress(RuntimeError):  # the viewer is gone
-                self._ended.emit(then, outcome)
+            self._inbox.put(lambda: then(outcome))
 
         threading.Thread(target=run, name="napari-unetpp aside").start()
-
-    def _deliver(self, then: Callable[[Outcome], None], outcome: Outcome) -> None:
-        then(outcome)
 
 
 def _next() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
-from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from qtpy.QtWidgets import (
 )
 
 from napari_unetpp._widgets import _layers
+from napari_unetpp._widgets._worker import Inbox
 from napari_unetpp._widgets.pairs import is_ours, plain
 from napari_unetpp.errors import UnetppError
 
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("napari_unetpp")
 PERIOD = 15_000  # ms
-_TICK = 100  # ms between two looks at what the thread has found
 _CANNOT = (
     "An annotation that is not in memory (zarr, dask, several resolutions) cannot be "
     "saved by itself: save it yourself."
@@ -101,12 +100,7 @@ class Autosave(QObject):
         self._told = False
         self._closed = False
         self._thread = ThreadPoolExecutor(1, "napari-unetpp autosave")
-        # A thread must not emit: the object may be gone from under the signal.
-        self._news: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self._reader = QTimer(self)
-        self._reader.setInterval(_TICK)
-        self._reader.timeout.connect(self._read)
-        self._reader.start()
+        self._news = Inbox(self)
         self._timer = QTimer(self)
         self._timer.setInterval(PERIOD)
         self._timer.timeout.connect(self.save)
@@ -131,11 +125,6 @@ class Autosave(QObject):
             self._news.put(lambda: self.found.emit(both, bad))
         except OSError as error:
             _log.warning("Recovery files cannot be listed: %s", error)
-
-    def _read(self) -> None:
-        """Pass on what the thread has found."""
-        while not self._news.empty():
-            self._news.get()()
 
     def _on_layers(self, event: Any = None) -> None:
         now = [x for x in self.layers if isinstance(x, Labels) and not is_ours(x)]
@@ -256,7 +245,7 @@ class Autosave(QObject):
         self.flush()
         self._closed = True
         self._timer.stop()
-        self._reader.stop()
+        self._news.close()
         self._thread.shutdown()
         self.store.close()
         for kept in self._kept:
