@@ -18,7 +18,7 @@ import tifffile
 from PIL import Image
 
 from napari_unetpp import __version__, io
-from napari_unetpp.cli import main
+from napari_unetpp.cli import learning, main
 from napari_unetpp.cli.console import Console, exit_code, message_of, plain
 from napari_unetpp.errors import (
     DeviceMemoryError,
@@ -813,3 +813,18 @@ def test_info_of_a_damaged_model(
     (tmp_path / "m.safetensors").write_bytes(data)
     code, _, err = run("info", tmp_path / "m.safetensors")
     assert (code, is_short_error(err)) == (3, True)
+
+
+def test_the_held_out_score_is_told_with_its_interval() -> None:
+    from napari_unetpp import api
+
+    model = api.create_model("unet", width=4, levels=1)
+    assert learning.estimated(model).startswith("no held-out score: ")
+    model.provenance["held_out_interval"] = ["<b>", {}]  # as a stranger's file may say
+    assert learning.estimated(model).startswith("no held-out score: ")
+    model.history = (api.TrainStep(50, 0.1, 2.0, 0.567),)
+    model.provenance["held_out_interval"] = [0.38, 0.731]
+    assert learning.estimated(model) == (
+        "held-out estimate: mean IoU 0.57 over all classes of the whole images, "
+        "0.38 to 0.73 (90 %)"
+    )

@@ -8,19 +8,21 @@ from skimage.filters import gaussian
 from napari_unetpp import api, samples
 from napari_unetpp.config import TrainConfig, working_config
 from napari_unetpp.model import load_model
-from napari_unetpp.networks import build_network, prune
+from napari_unetpp.networks import SegmentationNet, build_network, prune
 from napari_unetpp.pretrained import _FILES, _FOLDER, start_from_pretrained
 
 FILE = _FOLDER / _FILES["unet++"]
 
 
-def started(channels: int = 1, levels: int | None = None):
+def started(
+    channels: int = 1, levels: int | None = None
+) -> tuple[SegmentationNet, str | None]:
     config = working_config("unet++", channels, 2, levels=levels)
     network = build_network(config, seed=5).eval()
     return network, start_from_pretrained(network)
 
 
-def source():
+def source() -> SegmentationNet:
     model = load_model(FILE)
     model.network.add_to_logits([-p for p in model.prior])
     return model.network

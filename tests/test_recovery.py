@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -209,6 +210,12 @@ def test_only_the_last_two_trainings_of_a_session_are_kept(tmp_path: Path) -> No
     assert len(list(tmp_path.glob("*.safetensors"))) == 4
     store.forget_trainings()
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_folder_that_is_gone_comes_back_for_a_training(tmp_path: Path) -> None:
+    store = Store(tmp_path / "kept")
+    shutil.rmtree(store.new_training().parent)
+    assert store.new_training().parent.is_dir()
 
 
 def test_a_store_may_be_opened_from_two_threads_at_once(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from napari_unetpp.examples import read_examples
 from napari_unetpp.model import Model, TrainStep, create_model, load_model
 from napari_unetpp.networks import build_network
 from napari_unetpp.predict import predict, predict_proba
+from napari_unetpp.score import Score
 from napari_unetpp.train import Trainer, train, train_steps, with_classes
 
 if TYPE_CHECKING:
@@ -754,8 +755,9 @@ def test_held_out_strokes_give_the_score(monkeypatch: pytest.MonkeyPatch) -> Non
     assert model.provenance["held_out_score"] == steps[3].score
 
 
-class Scored(SimpleNamespace):
-    """Stands in for a score of which only the mean is read."""
+def scored(mean: float) -> Score:
+    """Return a score that is sure of itself."""
+    return Score(mean, mean, mean, (mean, mean), 100)
 
 
 @pytest.mark.parametrize(
@@ -771,10 +773,10 @@ def test_patience_ends_it_and_keeps_the_best(
     best_at: int | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def measure(*_: Any, **__: Any) -> dict[int, Scored]:
+    def measure(*_: Any, **__: Any) -> dict[int, Score]:
         value = values[min(len(asked), len(values) - 1)]
         asked.append(value)
-        return {} if value is None else {1: Scored(mean=value), 2: Scored(mean=value)}
+        return {} if value is None else {1: scored(value), 2: scored(value)}
 
     asked: list[float | None] = []
     monkeypatch.setattr(trainer_room, "_SCORE_EVERY", 1)
@@ -921,7 +923,7 @@ def test_the_origin_is_written_down(tmp_path: Path) -> None:
     assert json.loads(json.dumps(found)) == found
     assert set(found) == {
         "napari_unetpp", "torch", "python", "device", "threads", "seed", "steps",
-        "held_out", "held_out_score", "settings", "data", "parent",
+        "held_out", "held_out_score", "held_out_interval", "settings", "data", "parent",
     }  # fmt: skip
     assert found["seed"] == 5
     assert found["steps"] == 2

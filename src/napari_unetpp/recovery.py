@@ -387,8 +387,16 @@ class Store:
 
         That of the training before stays: until the new one has written its first
         checkpoint, there is no other.
+
+        Raises
+        ------
+        OSError
+            If nothing can be written there; a training goes on without, then.
         """
         self._open()
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not os.access(self.folder, os.W_OK):
+            raise PermissionError(f"`{shown(self.folder)}` is write-protected.")
         self._trainings += 1
         for number in range(1, self._trainings - 1):
             self.forget_training(self.folder / self._training(number))

@@ -366,6 +366,7 @@ class Trainer:
 
     def provenance(self, examples: Examples) -> dict[str, Any]:
         """Return how this training can be told from any other."""
+        estimate = self.estimates.get(self._shown.depths[-1])
         return {
             "napari_unetpp": __version__,
             "torch": torch.__version__,
@@ -376,6 +377,9 @@ class Trainer:
             "steps": self.steps,
             "held_out": self.held_out.to_dict(),
             "held_out_score": self.score,
+            "held_out_interval": None
+            if estimate is None
+            else [estimate.low, estimate.high],
             "settings": self._config.to_dict(),
             "data": examples.fingerprints[:64],
             "parent": self._start.provenance.get("digest"),

@@ -16,6 +16,7 @@ from qtpy.QtWidgets import QMessageBox
 
 from napari_unetpp._widgets import recovery as room
 from napari_unetpp._widgets.train_dock import TrainDock
+from napari_unetpp.errors import RecoveryFileError
 from napari_unetpp.recovery import FOLDER, Note, Store, pack, read
 
 if TYPE_CHECKING:
@@ -67,7 +68,13 @@ def left_behind(folder: Path, **changes: Any) -> np.ndarray:
 
 
 def newest(folder: Path) -> np.ndarray | None:
-    files = [read(path) for path in folder.glob("*.strokes")]
+    files = []
+    for path in folder.glob("*.strokes"):
+        try:
+            files.append(read(path))
+        except RecoveryFileError:
+            if path.exists():  # else the thread has just removed it
+                raise
     return max(files, key=lambda f: f[0].serial)[1] if files else None
 
 
@@ -250,8 +257,8 @@ def test_a_killed_process_loses_no_saved_stroke(tmp_path: Path) -> None:
     assert "kills 3, torn files 0" in found.stdout  # what is lost depends on the load
 
 
-def painted_dock(open_dock: Any) -> TrainDock:
-    """Return a dock that is ready to train a tiny network."""
+def trained_dock(open_dock: Any, wait: Any) -> TrainDock:
+    """Return a dock that has trained a small network for some steps."""
     rng = np.random.default_rng(0)
     dock = open_dock(Image(rng.random((64, 96)), name="cell"))
     dock.pairs.want_annotations()
@@ -259,23 +266,29 @@ def painted_dock(open_dock: Any) -> TrainDock:
     layer.data[8:14, 8:60], layer.data[40:46, 8:60] = 1, 2
     layer.refresh()
     dock.network_box.setCurrentText("U-Net")
+    dock.train()
+    wait(lambda: dock.link.steps >= 3)
+    dock.link.stop()
+    wait(lambda: dock.link.state == "idle")
     return dock
+
+
+def reopened(dock: TrainDock, open_dock: Any, wait: Any) -> TrainDock:
+    """Close the dock; return one that offers what it trained."""
+    dock.viewer.window.remove_dock_widget(dock)
+    again = open_dock()
+    wait(lambda: any(hasattr(o, "steps") for o in again.unsaved.offers))
+    again.unsaved.offers = [o for o in again.unsaved.offers if hasattr(o, "steps")]
+    again.unsaved._show()
+    return again
 
 
 def test_a_training_that_was_not_saved_is_offered_and_goes_on(
     open_dock: Any, folder: Path, wait: Any, tmp_path: Path
 ) -> None:
-    dock = painted_dock(open_dock)
-    dock.train()
-    wait(lambda: dock.link.steps >= 3)
-    dock.link.stop()
-    wait(lambda: dock.link.state == "idle")
+    dock = trained_dock(open_dock, wait)
     steps = dock.link.model.history[-1].step
-    dock.viewer.window.remove_dock_widget(dock)
-    again = open_dock(Image(np.zeros((64, 96), np.uint8), name="other"))
-    wait(lambda: any(hasattr(o, "steps") for o in again.unsaved.offers))
-    again.unsaved.offers = [o for o in again.unsaved.offers if hasattr(o, "steps")]
-    again.unsaved._show()
+    again = reopened(dock, open_dock, wait)
     assert f"trained for {steps:,} steps" in again.unsaved.text.text()
     again.unsaved.restore.click()
     wait(lambda: again.link.model is not None)
@@ -288,18 +301,24 @@ def test_a_training_that_was_not_saved_is_offered_and_goes_on(
     assert (tmp_path / "mine.safetensors").exists()
 
 
+@pytest.mark.parametrize(
+    ("state", "offered"),
+    [("idle", False), ("showing", False), ("training", True), ("paused", True)],
+)
+def test_a_saved_model_is_offered_only_if_training_goes_on(
+    state: str, offered: bool, open_dock: Any, folder: Path, wait: Any
+) -> None:
+    dock = trained_dock(open_dock, wait)
+    dock.link.state = state
+    dock.files.saved.emit()
+    assert bool(list(folder.glob("*.safetensors"))) is offered
+    dock.link.state = "idle"
+
+
 def test_a_training_can_be_discarded(
     open_dock: Any, folder: Path, wait: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dock = painted_dock(open_dock)
-    dock.train()
-    wait(lambda: dock.link.steps >= 2)
-    dock.link.stop()
-    wait(lambda: dock.link.state == "idle")
-    dock.viewer.window.remove_dock_widget(dock)
-    again = open_dock()
-    wait(lambda: any(hasattr(o, "steps") for o in again.unsaved.offers))
-    again.unsaved.offers = [o for o in again.unsaved.offers if hasattr(o, "steps")]
+    again = reopened(trained_dock(open_dock, wait), open_dock, wait)
     answers = iter(
         [QMessageBox.StandardButton.Cancel, QMessageBox.StandardButton.Discard]
     )
@@ -309,3 +328,29 @@ def test_a_training_can_be_discarded(
     again.unsaved.discard.click()
     assert not list(folder.glob("*.safetensors"))
     assert not again.unsaved.isVisibleTo(again)
+
+
+def test_training_goes_on_where_no_checkpoint_can_be_kept(
+    open_dock: Any, folder: Path, wait: Any, told: list[str]
+) -> None:
+    folder.parent.mkdir(exist_ok=True)
+    folder.write_bytes(b"in the way")
+    dock = trained_dock(open_dock, wait)
+    assert dock.link.model is not None
+    assert "not being saved by themselves" in " ".join(told)
+
+
+def test_an_undo_in_a_hidden_layer_is_saved(
+    open_dock: Any, folder: Path, wait: Any
+) -> None:
+    dock = open_dock(cell())
+    dock.pairs.want_annotations()
+    layer = dock.pairs.pairs()[0].annotation
+    layer.paint((50, 60), 1)
+    before = layer.data.copy()
+    layer.paint((200, 300), 2)
+    wait(lambda: saved(folder, layer.data))
+    layer.visible = False
+    layer.undo()
+    assert np.array_equal(layer.data, before)
+    wait(lambda: saved(folder, before))

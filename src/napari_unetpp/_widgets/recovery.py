@@ -151,7 +151,8 @@ class Autosave(QObject):
     def save(self) -> None:
         """Save what has changed, in the thread."""
         for kept in self._kept:
-            if kept.dirty:
+            # An undo in a hidden layer announces nothing.
+            if kept.dirty or not kept.layer.visible:
                 kept.dirty = False  # before the thread reads
                 self._submit(kept, safe=kept.safe)
                 kept.safe = False
@@ -374,7 +375,7 @@ class OfferRow(QWidget):
 
     def saved(self) -> None:
         """Take note that the model is safe: no checkpoint of it need be offered."""
-        if self._dock.link.state == "idle":
+        if self._dock.link.state in ("idle", "showing"):
             self.autosave.store.forget_trainings()
             for path in self._taken:
                 self.autosave.store.forget_training(path)

@@ -126,7 +126,16 @@ def summary(model: Model) -> dict[str, Any]:
         "seconds": round(last.seconds, 2) if last else 0.0,
         "loss": last.loss if last else None,
         "held_out_mean_iou": last.score if last else None,
+        "held_out_interval": _interval(model),
     }
+
+
+def _interval(model: Model) -> list[float] | None:
+    found = model.provenance.get("held_out_interval")  # a file may say anything
+    if not isinstance(found, list) or len(found) != 2:
+        return None
+    numbers = all(type(v) in (int, float) for v in found)
+    return [float(v) for v in found] if numbers else None
 
 
 def save(model: Model, path: Path, *, overwrite: bool) -> None:
@@ -160,9 +169,19 @@ def trained(model: Model) -> str:
     text += f" in {facts['seconds']:.1f} s"
     if facts["loss"] is not None:
         text += f", loss {facts['loss']:.3f}"
-    if facts["held_out_mean_iou"] is not None:
-        text += f", mean IoU {facts['held_out_mean_iou']:.3f} (held-out estimate)"
     return text
+
+
+def estimated(model: Model) -> str:
+    """Return the held-out score in words."""
+    facts = summary(model)
+    score, interval = facts["held_out_mean_iou"], facts["held_out_interval"]
+    if score is None or interval is None:
+        return "no held-out score: too few strokes lie where nothing is learned"
+    return (
+        f"held-out estimate: mean IoU {score:.2f} over all classes of the whole "
+        f"images, {interval[0]:.2f} to {interval[1]:.2f} (90 %)"
+    )
 
 
 def class_list(model: Model) -> str:

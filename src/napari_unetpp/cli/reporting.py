@@ -120,6 +120,7 @@ def info(options: Namespace, console: Console) -> int:
         ("channels", str(config.in_channels)),
         ("classes", f"{classes} ({coding})"),
         ("preprocessing", _flat(facts["preprocessing"])),
+        ("score", learning.estimated(model)),
         ("training", learning.trained(model)),
         *((f"  {key}", _flat(value)) for key, value in sorted(provenance.items())),
         ("digest", str(digest)),

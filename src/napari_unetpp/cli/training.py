@@ -74,6 +74,7 @@ def train(options: Namespace, console: Console) -> int:
         {**facts, "images": len(pairs), "stopped": stop.is_set()},
         [
             learning.trained(model),
+            learning.estimated(model),
             f"classes: {learning.class_list(model)}",
             f"model: {learning.size_of(options.out)}",
             f"next: napari-unetpp predict {quoted(options.out)} IMAGES -o LABELS",
@@ -249,6 +250,7 @@ def _report_demo(
         },
         [
             learning.trained(model),
+            learning.estimated(model),
             "",
             f"IoU on the {result.n_pixels:,} pixels that training did not see:",
             *table(["", *sample.classes[1:], "mean"], rows),
