@@ -32,6 +32,9 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["NAPARI_CONFIG"] = str(Path(tempfile.mkdtemp()) / "settings.yaml")
 
+# What a benchmark paints is nobody's work, and is not to be offered to anybody.
+os.environ["NAPARI_UNETPP_RECOVERY"] = tempfile.mkdtemp()
+
 import numpy as np
 
 WINDOW = (1366, 768)

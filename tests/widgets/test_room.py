@@ -90,6 +90,17 @@ def test_nothing_grows_beyond_the_screen_and_nothing_is_cut(
     wait(lambda: area.verticalScrollBar().maximum() > 0)
 
 
+def test_no_line_pushes_the_training_dock_out_of_view(viewer: Any) -> None:
+    _, dock = opened(viewer, TrainDock, NAMES[0])
+    dock.status.setText("Step 123,456 · 12.3 steps/s · 123:45 min · IoU 0.70 ± 0.18")
+    dock.device.setText("Device: NVIDIA RTX 6000 Ada Generation, 47.3 GB free")
+    dock.coach.setText("Paint where the prediction is wrong. " * 4)
+    for _ in range(5):
+        QApplication.processEvents()
+    area = dock.findChild(QScrollArea)
+    assert area.widget().width() <= area.viewport().width()
+
+
 def letters(widgets: Any) -> list[str]:
     """Return what Alt reaches: the letters behind an &."""
     found = (re.search(r"&(\w)", widget.text()) for widget in widgets)

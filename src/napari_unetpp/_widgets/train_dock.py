@@ -310,7 +310,7 @@ class TrainDock(TrainFace):
             self.depths.set_score(depth, estimate.mean, words)
         self.status.setText(
             f"Step {self.link.steps:,} · {message.rate:.1f} steps/s · "
-            f"{_clock(last.seconds)} · held-out IoU {self._held}"
+            f"{_clock(last.seconds)} · IoU {self._held}"
         )
         if known != (last.score is not None):
             self._show_coach()

@@ -71,7 +71,13 @@ class TrainFace(QWidget):
             "Start over", "Forget the model. Your strokes stay as they are."
         )
         self.status = _text("")
+        self.status.setWordWrap(True)  # a longer line would push the rest out of view
+        self.status.setToolTip(
+            "The score is estimated for the whole images, from painted pixels that "
+            "training never saw, with its 90 % interval."
+        )
         self.device = _text("Device: getting ready…")
+        self.device.setWordWrap(True)
         self.coach = _text("")
         self.coach.setWordWrap(True)
         self.coach.setMinimumHeight(2 * self.coach.fontMetrics().lineSpacing() + 4)
