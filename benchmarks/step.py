@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from skimage.data import immunohistochemistry
 
-from napari_unetpp import augment, losses
+from napari_unetpp import augment
 from napari_unetpp.config import TrainConfig, working_config
+from napari_unetpp.device import autocast
 from napari_unetpp.examples import Examples
 from napari_unetpp.model import create_model
 from napari_unetpp.trainer import Trainer
@@ -57,20 +58,35 @@ def trainer(network: str) -> Trainer:
 
 
 def step_overhead(network: str, rounds: int) -> None:
-    """Print the time of whole steps over bare ones on batches that lie ready."""
+    """Print the time of whole steps over bare ones on a batch that lies ready.
+
+    Bare: forward, the same losses, backward, optimizer. Whole: a batch is drawn and
+    warped as well, classes are weighed and the weights averaged. Scores are not due.
+    """
     made = trainer(network)
     patches, target = made.batch()
     twin = trainer(network)
     net, optimizer = twin.network.train(), twin._optimizer
 
+    # UNet++ goes through its depths in turn: all of them count, as often as they come.
+    turn = 2 ** (len(net.depths) - 1) if net.config.residual else 1
+
     def bare() -> None:
-        heads = net(patches)
-        loss = losses.deep_supervision(heads, target, losses.cross_entropy)
+        with autocast(torch.device("cpu"), True):
+            heads = net(patches, twin._depth())
+        loss = twin._loss(heads, target) + twin._between_strokes(heads, patches)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
+        twin.steps += 1  # as deep as the whole steps, in turn
 
-    whole, alone = alternate(made.step, bare, rounds)
+    def several(call: Callable[[], object]) -> Callable[[], object]:
+        return lambda: [call() for _ in range(turn)]
+
+    whole, alone = (
+        seconds / turn
+        for seconds in alternate(several(made.step), several(bare), rounds)
+    )
     drawing, _ = alternate(made.batch, lambda: None, rounds)
     print(
         f"{network:10s} whole step {whole * 1e3:6.1f} ms, bare {alone * 1e3:6.1f} ms, "

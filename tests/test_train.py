@@ -651,6 +651,25 @@ def test_the_shown_weights_follow_the_learned_ones(averaging: float) -> None:
         )
 
 
+def test_a_late_average_stands_for_several_steps() -> None:
+    own = trainer(averaging=2.5)
+    name, learned = next(iter(own.network.named_parameters()))
+    expected = learned.detach().double()
+    with torch.no_grad():
+        learned.add_(1)
+    moved = []
+    for step in range(1, 81):
+        own.steps = step
+        before = own.state().tensors[f"shown.{name}"]
+        own._average()
+        shown = own.state().tensors[f"shown.{name}"]
+        moved.append(not np.array_equal(before, shown))
+        keep = (step / (step + 1)) ** 3.5
+        expected = keep * expected + (1 - keep) * learned.detach().double()
+    assert moved == [step <= 64 or step % 4 == 0 for step in range(1, 81)]
+    np.testing.assert_allclose(shown, expected.numpy(), atol=2e-6, rtol=1e-5)
+
+
 def test_batch_norms_statistics_are_shown_as_they_are() -> None:
     own = trainer(create_model(NET.replaced(norm="batch")))
     own.step()

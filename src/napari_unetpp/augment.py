@@ -147,9 +147,13 @@ def cut_windows(
             for start, length in ((top, height), (left, width))
         )
         (y0, y1), (x0, x1) = inside
-        if y1 - y0 == size and x1 - x0 == size:
+        beyond = (x0 - left, left + size - x1, y0 - top, top + size - y1)
+        if not any(beyond):
             windows[n] = image[:, y0:y1, x0:x1]
-        else:
+        elif max(beyond[:2]) < x1 - x0 and max(beyond[2:]) < y1 - y0:
+            seen = image[None, :, y0:y1, x0:x1]
+            windows[n] = functional.pad(seen, beyond, mode="reflect")[0]
+        else:  # mirrored more than once
             rows = _reflected(top, size, height, image.device)
             columns = _reflected(left, size, width, image.device)
             windows[n] = image[:, rows[:, None], columns]

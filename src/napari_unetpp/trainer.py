@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 _SCORE_EVERY = 50  # steps; a score of a UNet++ takes as long as about five
 _RAMP = 50  # steps in which the energy between strokes reaches its weight
 _FRESH = 40  # steps in which half of each batch comes from what was painted last
+_SEVERAL, _LONG = 4, 64  # steps that one average stands for, once it is so old
 _RECALL = 10  # steps that the averaged weights remember when new strokes arrive
 _ADAM = frozenset({"step", "exp_avg", "exp_avg_sq"})  # what it remembers of a weight
 _SGD = frozenset({"momentum_buffer"})
@@ -343,7 +344,12 @@ class Trainer:
         """Follow the weights with a window that grows with the steps."""
         power = self._config.averaging + 1
         steps = self.steps - self._averaged_from
-        keep = (1 - 1 / (steps + 1)) ** power if self._config.averaging else 0.0
+        # A pass over all weights costs a tenth of a step of UNet++; once the window is
+        # long, one for several steps moves the average as far as one for each did.
+        several = _SEVERAL if self._config.averaging and steps > _LONG else 1
+        if steps % several:
+            return
+        keep = (1 - several / (steps + 1)) ** power if self._config.averaging else 0.0
         shown: list[Tensor] = list(self._shown.parameters())
         torch._foreach_lerp_(shown, list(self.network.parameters()), 1 - keep)
         for mine, theirs in zip(
