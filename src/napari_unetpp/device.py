@@ -104,6 +104,32 @@ def considerate() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+@contextmanager
+def deterministic(enabled: bool) -> Iterator[None]:
+    """Allow only operations that give the same bits every time, and restore.
+
+    Raises
+    ------
+    RuntimeError
+        From torch, at an operation that has no such form on the device.
+    """
+    if not enabled:
+        yield
+        return
+    # cuBLAS reads it when it is first used.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    strict = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    tuned = torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(strict, warn_only=warns)
+        torch.backends.cudnn.benchmark = tuned
+
+
 def describe(device: torch.device) -> str:
     """Return a device in a few words, with its free memory where that can be asked."""
     if device.type == "cuda":
