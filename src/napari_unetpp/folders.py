@@ -90,7 +90,7 @@ def find_parts(
     images: Path,
     masks: Path,
     *,
-    groups: Mapping[str, str] | None = None,
+    groups: str | None = None,
     shares: Sequence[float] = SHARES,
     seed: int = 0,
 ) -> dict[str, list[Pair]]:
@@ -101,7 +101,9 @@ def find_parts(
     images, masks : Path
         Folders. Where both have subfolders train/ and val/ (and perhaps test/), these
         are the parts; else the files are divided by `split`.
-    groups, shares, seed
+    groups : str, optional
+        A table or an expression, see `read_groups`.
+    shares, seed
         See `split`.
 
     Raises
@@ -119,6 +121,11 @@ def find_parts(
             )
     given = {part: _subfolder(images, part) for part in PARTS}
     if given["train"] and given["validation"]:
+        if groups:
+            raise ValueError(
+                f"`{io.shown(images)}` is divided by its subfolders already, so groups "
+                "would change nothing. Leave them out, or put all files in one folder."
+            )
         pairs: dict[str, list[Pair]] = {part: [] for part in PARTS}
         for part, inner in given.items():
             if inner is None:
@@ -133,7 +140,8 @@ def find_parts(
         return pairs
     every = io.pair_by_stem(io.list_images(images), io.list_images(masks))
     by_name = {pair[0].stem: pair for pair in every}
-    names = split(list(by_name), groups=groups, shares=shares, seed=seed)
+    of = read_groups(groups, list(by_name)) if groups else None
+    names = split(list(by_name), groups=of, shares=shares, seed=seed)
     return {part: [by_name[n] for n in found] for part, found in names.items()}
 
 

@@ -139,20 +139,20 @@ def curves(history: Sequence[TrainStep]) -> NDArray[np.uint8]:
     -------
     ndarray of shape (Y, X, 3) and dtype uint8
     """
-    width, height = 940, 300
+    width, height = 620, 470
     sheet = Image.new("RGB", (width * _FINE, height * _FINE), (255, 255, 255))
     draw = ImageDraw.Draw(sheet)
     steps = np.array([s.step for s in history], float)
     losses = np.array([s.loss for s in history], float)
     scored = [(s.step, s.score) for s in history if s.score is not None]
-    left = _Axes(draw, (62, 40, 452, 258), "loss", steps, _robust(losses))
+    left = _Axes(draw, (62, 34, 596, 180), "loss", steps, _robust(losses))
     thin_x, thin_y = _thinned(steps, losses, 400)
     left.line(thin_x, thin_y, (178, 208, 232), 1.5)
     left.line(*_thinned(steps, losses, 40), _LINE, 2.5)
     x, y = (np.array(v, float) for v in zip(*scored, strict=True)) if scored else (
         np.zeros(0), np.zeros(0)
     )  # fmt: skip
-    right = _Axes(draw, (532, 40, 922, 258), "validation score", steps, y)
+    right = _Axes(draw, (62, 272, 596, 420), "validation score", steps, y)
     right.line(x, y, _LINE, 2.5)
     if len(y):
         best = int(np.argmax(y))
@@ -218,7 +218,7 @@ class _Axes:
                     fill=_SOFT, font=self._font, anchor="mt",
                 )  # fmt: skip
         draw.text(
-            ((left + right) / 2, bottom + 26 * _FINE), "steps", fill=_SOFT,
+            ((left + right) / 2, bottom + 27 * _FINE), "steps", fill=_SOFT,
             font=self._font, anchor="mt",
         )  # fmt: skip
 

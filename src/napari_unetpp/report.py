@@ -132,15 +132,17 @@ flex:1 1 150px}
 .tile span{font-size:14px}
 .card{background:#fff;border:1px solid #e3e6ea;border-radius:10px;padding:14px}
 .row{display:flex;flex-wrap:wrap;gap:14px;align-items:flex-start}
-.row .card{flex:0 1 auto}
 img{max-width:100%;display:block;border-radius:4px}
+.film{flex:1 1 300px;max-width:400px}
+.film img{width:100%}
 .pair{display:flex;gap:6px}
 .pair img{width:calc(50% - 3px)}
 .three .card{flex:1 1 280px;max-width:100%}
 figcaption,.note{font-size:14px;color:#5c6570;margin-top:8px;overflow-wrap:anywhere}
 figure{margin:0}
 .key{display:inline-block;width:13px;height:13px;border-radius:3px;
-vertical-align:-1px;margin:0 4px 0 14px}
+vertical-align:-1px;margin:0 5px 0 14px}
+.key:first-child,br+.key{margin-left:0}
 table{border-collapse:collapse;background:#fff;font-size:14px}
 td,th{border-bottom:1px solid #e3e6ea;padding:5px 14px 5px 0;text-align:left;
 vertical-align:top;overflow-wrap:anywhere}
@@ -174,11 +176,11 @@ def _page(
     if "film.png" in files:
         parts += [
             "<h2>How it learned</h2>",
-            '<div class="row"><figure class="card">',
+            '<div class="row"><figure class="card film">',
             _image(files["film.png"], "the prediction, growing"),
             f"<figcaption>{_e(shown.film.name)}, of the validation images<br>"
             f"{key}</figcaption></figure>",
-            '<figure class="card" style="flex:1 1 420px">',
+            '<figure class="card" style="flex:2 1 420px">',
             _image(files["curves.png"], "loss and validation score"),
             f"<figcaption>Validation: {_e(scores['measure'])}. The model of the best "
             "step is the one that was kept.</figcaption></figure></div>",
@@ -221,10 +223,10 @@ def _tiles(record: Mapping[str, Any]) -> Iterable[str]:
     scores, parts = record["scores"], record["config"]["parts"]
     test = scores.get("test")
     if test is not None:
-        yield _tile(_number(test["score"]), "test, scored once", main=True)
+        yield _tile(_number(test["score"]), "IoU on the test, scored once", main=True)
     yield _tile(
         _number(scores["validation"]),
-        "best validation"
+        "IoU of the best validation"
         + (f", step {scores['best_step']:,}" if scores["best_step"] else ""),
         main=test is None,
     )
