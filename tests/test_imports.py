@@ -51,7 +51,7 @@ TABLE = {
     "checkpoint": "modelfile io config errors",
     "trainer": "model checkpoint losses augment sampling heldout score examples"
     " schedule device config errors",
-    "pretrained": "model networks",
+    "pretrained": "model networks io errors",
     "train": "trainer pretrained model networks checkpoint examples preprocess device"
     " io config errors",
     "predict": "model networks preprocess device config errors",
@@ -61,7 +61,7 @@ TABLE = {
     "recovery": "checkpoint io errors",
     "samples": "errors",
     "batch": "predict model io preprocess config errors",
-    "api": "+live +batch evaluate isbi presets experiment samples io",
+    "api": "+live +batch evaluate pretrained isbi presets experiment samples io",
     "cli": "api batch checkpoint evaluate experiment folders presets io samples config"
     " errors",
     "_sample_data": "samples",

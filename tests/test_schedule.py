@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from napari_unetpp import schedule
 from napari_unetpp.config import NetConfig, TrainConfig
+from napari_unetpp.errors import ModelFileError
 from napari_unetpp.examples import read_examples
 from napari_unetpp.losses import border_weights, regions
 from napari_unetpp.model import create_model, load_model
+from napari_unetpp.networks import build_network
+from napari_unetpp.pretrained import load_trunk
 from napari_unetpp.train import train, train_steps
 from napari_unetpp.trainer import Trainer
 
@@ -132,6 +136,42 @@ def test_as_many_convolutions_thaw_as_were_asked_for(thawed: int) -> None:
         if isinstance(m, torch.nn.Conv2d)
     ]
     assert free == [False] * (len(free) - thawed) + [True] * thawed
+
+
+def test_a_trunk_comes_from_a_file(tmp_path: Path) -> None:
+    config = NetConfig("vgg19-unet", 3, 2, width=4, norm="none")
+    source = build_network(config, seed=5)
+    weights = {f"features.{k}": v for k, v in source.features.state_dict().items()}
+    weights["classifier.0.weight"] = torch.zeros(3)
+    save_file(weights, tmp_path / "vgg.safetensors")
+    fresh = create_model(config)
+    found = load_trunk(fresh, tmp_path / "vgg.safetensors")
+    for name, value in found.network.state_dict().items():
+        inside = name.startswith("features")
+        expected = weights[name] if inside else fresh.network.state_dict()[name]
+        assert torch.equal(value, expected)
+    assert found.provenance["digest"]
+    grey = load_trunk(
+        create_model(config.replaced(in_channels=1)), tmp_path / "vgg.safetensors"
+    )
+    assert torch.allclose(
+        grey.network.features[0].weight[:, 0], weights["features.0.weight"].sum(1)
+    )
+    for wrong, told in (
+        (create_model(config.replaced(width=8)), "the width of the file"),
+        (create_model(NetConfig("fcn-8s", 3, 2, width=4, levels=5)), "without norm"),
+        (create_model("unet"), "must have a VGG trunk"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            load_trunk(wrong, tmp_path / "vgg.safetensors")
+    del weights["features.34.bias"]
+    save_file(weights, tmp_path / "less.safetensors")
+    with pytest.raises(ValueError, match=r"has no `features\.34\.bias`"):
+        load_trunk(fresh, tmp_path / "less.safetensors")
+    (tmp_path / "no.safetensors").write_bytes(b"not one")
+    for name in ("no.safetensors", "missing.safetensors"):
+        with pytest.raises(ModelFileError, match="cannot be read as a safetensors"):
+            load_trunk(fresh, tmp_path / name)
 
 
 def test_a_network_without_a_trunk_cannot_freeze_it() -> None:

@@ -23,6 +23,7 @@ from napari_unetpp.model import Model, TrainStep, create_model, load_model
 from napari_unetpp.predict import Tile, predict, predict_proba, predict_tiles
 from napari_unetpp.preprocess import Preprocessing
 from napari_unetpp.presets import PRESETS, Preset, preset
+from napari_unetpp.pretrained import load_trunk
 from napari_unetpp.train import train, train_steps
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "create_model",
     "evaluate",
     "load_model",
+    "load_trunk",
     "pixel_error",
     "plan_files",
     "predict",

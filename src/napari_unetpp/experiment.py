@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import platform
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -151,6 +152,7 @@ def run_steps(
     folder: Path,
     plan: Plan,
     *,
+    model: Model | None = None,
     device: str | torch.device | None = None,
     stop: Stop | None = None,
     resume: bool = False,
@@ -169,6 +171,8 @@ def run_steps(
         report.html.
     plan : Plan
         What is done.
+    model : Model or None, optional
+        Start from a copy of this one, of the plan's network and classes.
     device : str, torch.device or None, optional
         None: the fastest there is.
     stop : object with ``is_set()``, optional
@@ -211,6 +215,7 @@ def run_steps(
     facts = {
         "config": _plain(plan, config, parts),
         "environment": {
+            "python": platform.python_version(),
             **environment(place),
             "seed": plan.seed,
             "tile": plan.tile,
@@ -224,6 +229,7 @@ def run_steps(
     training = train_steps(
         list(parts["train"].images),
         list(parts["train"].masks),
+        model=model,
         network=plan.network,
         classes=plan.classes,
         unlabelled=plan.unlabelled,
@@ -242,21 +248,21 @@ def run_steps(
         judge=judge,
     )
     history = record.read_history(folder) if resume else []
-    model = yield from _drained(training, history, folder, config)
-    model.save(folder / record.FILES["model"], overwrite=True)
+    result = yield from _drained(training, history, folder, config)
+    result.save(folder / record.FILES["model"], overwrite=True)
     stopped = stop is not None and stop.is_set()
-    scores = _scores(history, model, plan)
+    scores = _scores(history, result, plan)
     if parts.get("test") and parts["test"].images and not stopped:
-        scores["test"] = _test(model, parts["test"], plan, place)
+        scores["test"] = _test(result, parts["test"], plan, place)
     record.write_json(folder / record.FILES["scores"], scores)
     report.write(
         folder,
         {**facts, "scores": scores, "history": history, "stopped": stopped},
-        _pictures(model, parts, judge, scores, plan, place),
+        _pictures(result, parts, judge, scores, plan, place),
     )
     if not stopped:
         rolling.remove()
-    return model
+    return result
 
 
 def _always_choosing(plan: Plan, parts: Mapping[str, Part]) -> TrainConfig:

@@ -220,6 +220,11 @@ def _add_run(command: argparse.ArgumentParser) -> None:
         help="the masks number single objects: 0 = background, 1, 2, ... = objects",
     )  # fmt: skip
     long.add_argument(
+        "--trunk", type=Path, metavar="FILE",
+        help="a .safetensors file with a VGG's `features` to start from (default: "
+        "random weights)",
+    )  # fmt: skip
+    long.add_argument(
         "--tile", type=int, metavar="PX", help="side of a tile in validation and test"
     )
 

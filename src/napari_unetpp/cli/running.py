@@ -75,11 +75,19 @@ def run(options: Namespace, console: Console) -> int:
         f"{count(len(every), 'image')}: "
         + ", ".join(f"{len(p.names)} {kind}" for kind, p in parts.items())
     )
+    start = None
+    if options.trunk:
+        start = api.create_model(
+            plan.network, classes=plan.classes, unlabelled=plan.unlabelled,
+            seed=options.seed,
+        )  # fmt: skip
+        start = api.load_trunk(start, options.trunk)
     with learning.stoppable() as stop, _resumable(console, options):
         training = api.run_steps(
             parts,
             options.run,
             plan,
+            model=start,
             device=options.device,
             stop=stop,
             resume=options.resume,

@@ -95,10 +95,10 @@ def _training_files(
             "-o MODEL.safetensors says where the model goes; a long training with a "
             "report takes --run FOLDER instead. Add one of them."
         )
-    if options.groups or options.instances or options.tile:
+    if any((options.groups, options.instances, options.trunk, options.tile)):
         raise ValueError(
-            "--groups, --instances and --tile belong to a long training. Add --run "
-            "FOLDER, or leave them out."
+            "--groups, --instances, --trunk and --tile belong to a long training. Add "
+            "--run FOLDER, or leave them out."
         )
     if options.out.suffix != ".safetensors":
         raise ValueError(
