@@ -178,7 +178,7 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path, done: Any) -> None:
     assert len(seen) == 6
     assert "test" not in table(folder, "scores.json")
     assert "not tested" in (folder / "report.html").read_text(encoding="utf-8")
-    with pytest.raises(SaveError, match="holds a run that has ended"):
+    with pytest.raises(SaveError, match="holds a run that did not end"):
         drain(folder)
     more, model = drain(folder, resume=True)
     assert [s.step for s in more] == list(range(7, 13))
@@ -198,6 +198,18 @@ def test_a_test_is_never_scored_twice(done: tuple[Path, list[TrainStep]]) -> Non
     for resume in (False, True):
         with pytest.raises(SaveError, match="scored once and stays so"):
             drain(done[0], resume=resume)
+
+
+def test_a_run_that_was_killed_is_not_overwritten(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    steps = run_steps(PARTS, folder, PLAN, device="cpu")
+    next(steps)
+    steps.close()
+    before = (folder / "config.json").read_text()
+    with pytest.raises(SaveError, match="holds a run that did not end"):
+        drain(folder, Plan(PLAN.network, PLAN.config, max_steps=3))
+    assert (folder / "config.json").read_text() == before
+    assert [s.step for s in drain(folder, resume=True)[0]] == list(range(2, 13))
 
 
 def test_patience_ends_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

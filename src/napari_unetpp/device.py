@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from napari_unetpp import __version__
+from napari_unetpp.errors import TrainingError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -110,8 +111,8 @@ def deterministic(enabled: bool) -> Iterator[None]:
 
     Raises
     ------
-    RuntimeError
-        From torch, at an operation that has no such form on the device.
+    TrainingError
+        At an operation that has no such form on the device.
     """
     if not enabled:
         yield
@@ -125,6 +126,14 @@ def deterministic(enabled: bool) -> Iterator[None]:
     torch.backends.cudnn.benchmark = False
     try:
         yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        told = str(error).partition(".")[0]
+        raise TrainingError(
+            f"Not everything can be repeated bit for bit on this device: {told:.120}. "
+            "Leave `deterministic` off, or use device='cpu'."
+        ) from None
     finally:
         torch.use_deterministic_algorithms(strict, warn_only=warns)
         torch.backends.cudnn.benchmark = tuned

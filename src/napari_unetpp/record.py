@@ -33,7 +33,7 @@ def open_folder(folder: Path, resume: bool) -> Rolling:
     Raises
     ------
     SaveError
-        If it cannot be made, or holds a run that has ended.
+        If it cannot be made, or holds a run that is not to go on.
     """
     try:
         (folder / "frames").mkdir(parents=True, exist_ok=True)
@@ -42,14 +42,18 @@ def open_folder(folder: Path, resume: bool) -> Rolling:
             f"The folder `{io.shown(folder)}` cannot be made: {error.strerror}. Choose "
             "another one."
         ) from error
-    if (folder / FILES["scores"]).exists() and not (
-        resume and (folder / "training.checkpoint.safetensors").exists()
-    ):
+    rolling = Rolling(folder)
+    if rolling.exists() and not resume:
+        raise SaveError(
+            f"`{io.shown(folder)}` holds a run that did not end. Go on with it "
+            "(resume=True, --resume), choose another folder, or delete it."
+        )
+    if (folder / FILES["scores"]).exists() and not rolling.exists():
         raise SaveError(
             f"`{io.shown(folder)}` holds a run that has ended; its test was scored "
             "once and stays so. Choose another folder, or delete it."
         )
-    return Rolling(folder)
+    return rolling
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
