@@ -50,7 +50,7 @@ def visible(plane: NDArray[Any]) -> NDArray[np.uint8]:
 def compared(
     image: NDArray[np.uint8], labels: NDArray[np.uint8], truth: NDArray[np.uint8]
 ) -> NDArray[np.uint8]:
-    """Tint an RGB image by how labels agree with the truth.
+    """Tint an image, in grey, by how labels agree with the truth.
 
     Parameters
     ----------
@@ -65,7 +65,8 @@ def compared(
         Blue: found; yellow: missed; red: invented; pink: another class.
     """
     judged, found, true = truth > 0, labels > 1, truth > 1
-    result = image.astype(np.float32)
+    # In grey, no colour of the image can be taken for one of these.
+    result = image.mean(axis=-1, dtype=np.float32)[..., None].repeat(3, axis=-1)
     for colour, where in (
         (RIGHT, found & true & (labels == truth)),
         (MISSED, ~found & true),
@@ -148,7 +149,7 @@ def curves(history: Sequence[TrainStep]) -> NDArray[np.uint8]:
     left = _Axes(draw, (62, 34, 596, 180), "loss", steps, _robust(losses))
     thin_x, thin_y = _thinned(steps, losses, 400)
     left.line(thin_x, thin_y, (178, 208, 232), 1.5)
-    left.line(*_thinned(steps, losses, 40), _LINE, 2.5)
+    left.line(*_thinned(steps, losses, min(40, max(2, len(steps) // 6))), _LINE, 2.5)
     x, y = (np.array(v, float) for v in zip(*scored, strict=True)) if scored else (
         np.zeros(0), np.zeros(0)
     )  # fmt: skip
