@@ -238,6 +238,35 @@ def test_a_run_needs_images_to_train_and_to_choose(
         drain(tmp_path / "run", parts={**PARTS, missing: Part((), (), ())})
 
 
+def test_stacks_of_colours_with_strokes_are_understood(tmp_path: Path) -> None:
+    def stack(seed: int) -> Part:
+        planes = [scene(seed), scene(seed + 1)]
+        image = np.stack([np.stack([a] * 3, axis=-1) for a, _ in planes])
+        mask = np.stack([np.where(b > 0, 2, 1).astype(np.uint8) for _, b in planes])
+        mask[:, :5] = 0  # not annotated
+        return Part((f"stack{seed}",), (image,), (mask,))
+
+    plan = Plan(
+        NetConfig("unet", 3, width=4, levels=1),
+        CONFIG.replaced(deterministic=True),
+        unlabelled=0,
+        channel_axis=-1,
+        max_steps=3,  # fewer than one validation takes: the last one is looked at
+        tile=32,
+    )
+    parts = {"train": stack(0), "validation": stack(10), "test": stack(20)}
+    seen, model = drain(tmp_path / "run", plan, parts)
+    assert seen[-1].score is not None
+    scores = table(tmp_path / "run", "scores.json")
+    assert scores["best_step"] == 3
+    image, mask = parts["test"].images[0], parts["test"].masks[0]
+    labels = predict(model, image, channel_axis=-1, tile=32)
+    expected = evaluate(labels, mask, unlabelled=0).iou[2]
+    assert scores["test"]["iou"]["object"] == pytest.approx(expected)
+    with Image.open(tmp_path / "run" / "test_0_image.png") as shown:
+        assert shown.size == (7 * 48, 7 * 48)
+
+
 # --- pictures --------------------------------------------------------------------
 
 
