@@ -5,7 +5,7 @@
 
 Slices 0-13 train, 14-15 choose the best step and the threshold, 16-19 are scored once;
 all are from one stack. With `--gpu` it is the paper's network and recipe
-(`api.preset("unet-2015")`). Without, it is SHORT: a quarter of the channels, smaller
+(`api.preset("unet-2015")`). Without, it is SHORT: an eighth of the channels, smaller
 tiles and a time limit, which compares nothing with the paper.
 """
 
@@ -77,7 +77,7 @@ def run(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     testing, tested = read(folder, range(16, 20))
     network, config, _ = api.preset("unet-2015", 1, CLASSES)
     if not options.gpu:
-        network = network.replaced(width=16)
+        network = network.replaced(width=8)
         config = config.replaced(patch=196, score_every=100)
 
     def judge(model: api.Model, _step: int) -> float:

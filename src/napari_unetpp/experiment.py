@@ -212,17 +212,7 @@ def run_steps(
     prints = _fingerprints(parts)
     rolling = record.open_folder(folder, resume)
     config = _always_choosing(plan, parts)
-    facts = {
-        "config": _plain(plan, config, parts),
-        "environment": {
-            "python": platform.python_version(),
-            **environment(place),
-            "seed": plan.seed,
-            "tile": plan.tile,
-            "deterministic": config.deterministic,
-            "data": prints,
-        },
-    }
+    facts = _facts(plan, config, parts, prints, place)
     for kind, values in facts.items():
         record.write_json(folder / record.FILES[kind], values)
     judge = _Judge(parts["validation"], plan, place, folder / "frames")
@@ -425,10 +415,23 @@ def _fingerprints(parts: Mapping[str, Part]) -> dict[str, dict[str, str]]:
     return found
 
 
-def _plain(
-    plan: Plan, config: TrainConfig, parts: Mapping[str, Part]
-) -> dict[str, Any]:
-    return {
+def _facts(
+    plan: Plan,
+    config: TrainConfig,
+    parts: Mapping[str, Part],
+    prints: Mapping[str, Any],
+    device: torch.device,
+) -> dict[str, dict[str, Any]]:
+    """Return what is decided before the first step: config and environment."""
+    around = {
+        "python": platform.python_version(),
+        **environment(device),
+        "seed": plan.seed,
+        "tile": plan.tile,
+        "deterministic": config.deterministic,
+        "data": prints,
+    }
+    chosen = {
         "title": plan.title,
         "network": plan.network.to_dict(),
         "training": config.to_dict(),
@@ -439,3 +442,4 @@ def _plain(
         "max_seconds": plan.max_seconds,
         "parts": {kind: list(part.names) for kind, part in parts.items()},
     }
+    return {"config": chosen, "environment": around}

@@ -74,7 +74,8 @@ def compared(
         (MIXED, found & true & (labels != truth)),
     ):
         result[where] = 0.5 * result[where] + 0.5 * np.array(colour, np.float32)
-    return result.round().astype(np.uint8)
+    pixels: NDArray[np.uint8] = result.round().astype(np.uint8)
+    return pixels
 
 
 def sized(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
