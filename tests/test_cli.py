@@ -857,7 +857,8 @@ def test_a_folder_is_trained_chosen_and_tested(run: Any, dense: Path) -> None:
     folder = dense / "run"
     code, out, err = run(
         "train", dense / "images", dense / "masks", "--run", folder, "--instances",
-        "--groups", r"^p\d", "--deterministic", *SHORT, "--json",
+        "--groups", r"^p\d", "--deterministic", *SHORT, "--set", "dropout=0.25",
+        "--json",
     )  # fmt: skip
     assert code == 0, err
     told = json.loads(out)
@@ -868,6 +869,7 @@ def test_a_folder_is_trained_chosen_and_tested(run: Any, dense: Path) -> None:
     assert config["training"]["deterministic"] is True
     assert config["training"]["patch"] == 20
     assert (config["network"]["name"], config["network"]["width"]) == ("unet-valid", 4)
+    assert config["network"]["dropout"] == 0.25
     groups = [{name[:2] for name in names} for names in config["parts"].values()]
     assert sum(map(len, groups)) == 3
     assert (folder / "report.html").exists()

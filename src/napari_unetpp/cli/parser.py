@@ -187,7 +187,8 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     command.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE",
-        help="change a setting of the training, such as batch=8 or patience=20",
+        help="change a setting of the training or the network, such as batch=8, "
+        "patience=20 or dropout=0",
     )  # fmt: skip
     command.add_argument(
         "--deterministic", action="store_true",

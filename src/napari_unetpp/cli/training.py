@@ -159,7 +159,8 @@ def _network(
 ) -> str | NetConfig:
     """Return the network's name, or all its settings if some are given."""
     name: str = options.network or recipes.DEFAULT
-    if options.width is None and options.levels is None and not options.preset:
+    sizes = options.width is not None or options.levels is not None
+    if not (sizes or options.preset or recipes.network_changes(options)):
         return name
     if classes is None:
         top = max(jobs.values_of(annotations.arrays))
