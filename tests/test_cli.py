@@ -828,3 +828,106 @@ def test_the_held_out_score_is_told_with_its_interval() -> None:
         "held-out estimate: mean IoU 0.57 over all classes of the whole images, "
         "0.38 to 0.73 (90 %)"
     )
+
+
+# --- long trainings --------------------------------------------------------------
+
+
+@pytest.fixture
+def dense(tmp_path: Path) -> Path:
+    """Return a folder with images/ and masks/ of instances."""
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+    for i in range(6):
+        image, _ = scene(i)
+        mask = np.zeros((48, 48), np.uint16)
+        mask[12:24, 12:36], mask[24:36, 12:36] = 300, 301
+        tifffile.imwrite(tmp_path / "images" / f"p{i // 2}_{i % 2}.tif", image)
+        tifffile.imwrite(tmp_path / "masks" / f"p{i // 2}_{i % 2}.tif", mask)
+    return tmp_path
+
+
+SHORT = (
+    "--preset", "unet-2015", "--width", "4", "--levels", "2", "--set", "patch=20",
+    "--set", "score_every=2", "--steps", "4", "--device", "cpu",
+)  # fmt: skip
+
+
+def test_a_folder_is_trained_chosen_and_tested(run: Any, dense: Path) -> None:
+    folder = dense / "run"
+    code, out, err = run(
+        "train", dense / "images", dense / "masks", "--run", folder, "--instances",
+        "--groups", r"^p\d", "--deterministic", *SHORT, "--set", "dropout=0.25",
+        "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    told = json.loads(out)
+    assert told["stopped"] is False
+    assert set(told["test"]["iou"]) == {"background", "object"}
+    config = json.loads((folder / "config.json").read_text())
+    assert config["training"]["optimizer"] == "sgd"
+    assert config["training"]["deterministic"] is True
+    assert config["training"]["patch"] == 20
+    assert (config["network"]["name"], config["network"]["width"]) == ("unet-valid", 4)
+    assert config["network"]["dropout"] == 0.25
+    groups = [{name[:2] for name in names} for names in config["parts"].values()]
+    assert sum(map(len, groups)) == 3
+    assert (folder / "report.html").exists()
+    code, _, err = run(
+        "train", dense / "images", dense / "masks", "--run", folder, "--instances",
+        *SHORT,
+    )  # fmt: skip
+    assert code == 4
+    assert "scored once and stays so" in err
+
+
+def test_dense_masks_count_every_pixel(run: Any, dense: Path) -> None:
+    for path in (dense / "masks").iterdir():
+        tifffile.imwrite(path, (tifffile.imread(path) > 0).astype(np.uint8))
+    code, _, err = run(
+        "train", dense / "images", dense / "masks", "--run", dense / "run", "-o",
+        dense / "m.safetensors", *SHORT,
+    )  # fmt: skip
+    assert code == 0, err
+    assert "0 is the first class" in err
+    config = json.loads((dense / "run" / "config.json").read_text())
+    assert config["classes"] == ["background", "object"]
+    assert config["unlabelled"] is None
+    assert (dense / "m.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ((), "-o MODEL.safetensors says where"),
+        (("-o", "m.safetensors", "--groups", "p"), "belong to a long training"),
+        (("--run", "r", "--from", "m.safetensors"), "Leave out --from"),
+        (("--run", "r", "--set", "batch"), "--set takes NAME=VALUE"),
+        (("--run", "r", "--set", "colour=1"), "has no setting 'colour'"),
+        (("--run", "r", "--set", "batch=0"), "`batch` must lie between"),
+        (("--run", "r", "--preset", "unet-2015", "--network", "unet"), "Leave out"),
+        (("--run", "r", "--split", "70,30"), "three numbers such as 70,15,15"),
+    ],
+)
+def test_wrong_orders_for_a_long_training(
+    run: Any, dense: Path, more: tuple[str, ...], told: str
+) -> None:
+    code, _, err = run("train", dense / "images", dense / "masks", *more)
+    assert code == 2
+    assert told in err
+
+
+def test_a_preset_trains_without_a_run_as_well(run: Any, dense: Path) -> None:
+    image, strokes = scene()
+    tifffile.imwrite(dense / "a.tif", image)
+    tifffile.imwrite(dense / "b.tif", strokes)
+    out = dense / "m.safetensors"
+    code, _, err = run(
+        "train", dense / "a.tif", dense / "b.tif", "-o", out, *SHORT, "--set",
+        "border=0",
+    )  # fmt: skip
+    assert code == 0, err
+    code, text, _ = run("info", out, "--json")
+    facts = json.loads(text)
+    assert facts["network"] == "unet-valid"
+    assert facts["provenance"]["settings"]["momentum"] == 0.99

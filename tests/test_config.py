@@ -110,6 +110,17 @@ TRAIN = {
     "flip": ((True, False), (1, None)),
     "right_angles": ((True, False), (0, None)),
     "mixed_precision": ((True, False), (1, "no")),
+    "deterministic": ((True, False), (1, "no")),
+    "nesterov": ((True, False), (1, None)),
+    "schedule": (("constant",), ("linear", None)),
+    "schedule_steps": ((0,), (-1, 1.5, True)),
+    "clip": ((0, 1, 1e9), (-1, float("nan"))),
+    "frozen_steps": ((0, 10**9), (-1, 1.5, True)),
+    "thawed": ((0, 16), (-1, 17, 1.0)),
+    "thaw_rate": ((0, 1), (-0.1, 1.1)),
+    "border": ((0, 10, 1000), (-1, 1001)),
+    "border_sigma": ((0.1, 5), (0, -1)),
+    "score_every": ((None, 1, 10**9), (0, -1, 1.5, True)),
 }  # fmt: skip
 PREDICT = {
     "tile": ((None, 16, 16384), (15, 16385, 0, -1, 64.0, True)),
@@ -170,6 +181,22 @@ def test_what_a_network_does_not_have_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         NetConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"schedule": "cosine"}, "`schedule` 'cosine' must go with `schedule_steps`"),
+        ({"schedule_steps": 5}, "`schedule` 'constant' must go with .* 0, got 5"),
+        ({"border": 10, "loss": "dice"}, "`border` needs the loss cross_entropy"),
+    ],
+)
+def test_settings_of_a_training_fit_one_another(
+    settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**settings)
+    assert TrainConfig(schedule="step", schedule_steps=5).schedule_steps == 5
 
 
 @pytest.mark.parametrize("name", NETWORKS)

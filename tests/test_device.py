@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from napari_unetpp import device as room
-from napari_unetpp.device import autocast, is_out_of_memory, resolve_device
+from napari_unetpp.device import (
+    autocast,
+    deterministic,
+    is_out_of_memory,
+    resolve_device,
+)
+from napari_unetpp.errors import TrainingError
 
 
 @pytest.fixture
@@ -116,3 +122,15 @@ def test_the_cpu_is_asked_for_bfloat16(
 )
 def test_running_out_of_memory_is_recognised(error: Exception, expected: bool) -> None:
     assert is_out_of_memory(error) is expected
+
+
+def test_what_cannot_be_repeated_is_told() -> None:
+    with pytest.raises(TrainingError, match=r"put_ does not have .*device='cpu'"):
+        with deterministic(True):
+            torch.zeros(4).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]))
+    assert not torch.are_deterministic_algorithms_enabled()
+    with deterministic(False):
+        assert not torch.are_deterministic_algorithms_enabled()
+    with pytest.raises(RuntimeError, match="shape"), deterministic(True):
+        torch.zeros(4).view(3)
+    assert not torch.are_deterministic_algorithms_enabled()

@@ -34,6 +34,15 @@ TABLE = {
     "augment": "",
     "sampling": "config errors",
     "evaluate": "errors",
+    "isbi": "errors",
+    "presets": "config errors",
+    "schedule": "config networks",
+    "folders": "io errors",
+    "pictures": "model",  # for its types alone
+    "report": "pictures io errors",
+    "record": "checkpoint model io errors",
+    "experiment": "record report train predict model evaluate examples device io config"
+    " errors",
     "heldout": "errors",
     "score": "augment heldout config device networks",
     "modelfile": "io config errors",
@@ -41,8 +50,8 @@ TABLE = {
     "examples": "preprocess config errors",
     "checkpoint": "modelfile io config errors",
     "trainer": "model checkpoint losses augment sampling heldout score examples"
-    " device config errors",
-    "pretrained": "model networks",
+    " schedule device config errors",
+    "pretrained": "model networks io errors",
     "train": "trainer pretrained model networks checkpoint examples preprocess device"
     " io config errors",
     "predict": "model networks preprocess device config errors",
@@ -52,8 +61,9 @@ TABLE = {
     "recovery": "checkpoint io errors",
     "samples": "errors",
     "batch": "predict model io preprocess config errors",
-    "api": "+live +batch evaluate samples io",
-    "cli": "api batch checkpoint evaluate io samples config errors",
+    "api": "+live +batch evaluate pretrained isbi presets experiment samples io",
+    "cli": "api batch checkpoint evaluate experiment folders presets io samples config"
+    " errors",
     "_sample_data": "samples",
     "_widgets": "messages config errors api live device script recovery",
 }
@@ -68,7 +78,8 @@ KNOWS_NAPARI = {"_widgets", "_sample_data"}
 WITHOUT_TORCH = {
     "__init__", "errors", "config", "messages", "sampling", "evaluate", "modelfile",
     "checkpoint", "recovery",
-    "samples", "batch", "script", "_sample_data",
+    "samples", "batch", "script", "_sample_data", "isbi", "presets", "folders",
+    "pictures", "report", "record", "experiment",
 }  # fmt: skip
 
 

@@ -17,13 +17,18 @@ from napari_unetpp.errors import (
     UnetppError,
 )
 from napari_unetpp.evaluate import Evaluation, evaluate
+from napari_unetpp.experiment import Part, Plan, run_steps
+from napari_unetpp.isbi import pixel_error, rand_error, warping_error
 from napari_unetpp.model import Model, TrainStep, create_model, load_model
 from napari_unetpp.predict import Tile, predict, predict_proba, predict_tiles
 from napari_unetpp.preprocess import Preprocessing
+from napari_unetpp.presets import PRESETS, Preset, preset
+from napari_unetpp.pretrained import load_trunk
 from napari_unetpp.train import train, train_steps
 
 __all__ = [
     "NETWORKS",
+    "PRESETS",
     "BatchStep",
     "DeviceMemoryError",
     "Evaluation",
@@ -31,8 +36,11 @@ __all__ = [
     "Model",
     "ModelFileError",
     "NetConfig",
+    "Part",
+    "Plan",
     "PredictConfig",
     "Preprocessing",
+    "Preset",
     "SaveError",
     "Target",
     "Tile",
@@ -43,12 +51,18 @@ __all__ = [
     "create_model",
     "evaluate",
     "load_model",
+    "load_trunk",
+    "pixel_error",
     "plan_files",
     "predict",
     "predict_files",
     "predict_proba",
     "predict_tiles",
+    "preset",
     "published_config",
+    "rand_error",
+    "run_steps",
     "train",
     "train_steps",
+    "warping_error",
 ]

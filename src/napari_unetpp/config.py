@@ -244,6 +244,12 @@ def _levels(name: str) -> int:
     return 5 if name.startswith("fcn") else 4
 
 
+_SWITCHES = (
+    "pretrained", "nesterov", "flip", "right_angles", "mixed_precision",
+    "deterministic",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class TrainConfig(Settings):
     """How a network learns from strokes; the defaults suit two CPU cores and a GPU.
@@ -258,9 +264,30 @@ class TrainConfig(Settings):
     optimizer : {"adamw", "adam", "sgd"}
         Rule of the weight update.
     learning_rate, weight_decay, momentum : float
-        Its rate, decay and (SGD alone) Nesterov momentum.
+        Its rate, decay and (SGD alone) momentum.
+    nesterov : bool
+        Whether the momentum is Nesterov's.
+    schedule : {"constant", "cosine", "step"}
+        How the rate falls: along half a cosine to a hundredth within `schedule_steps`,
+        or to a tenth after every `schedule_steps`.
+    schedule_steps : int
+        See `schedule`; 0 where it is constant.
+    clip : float
+        Largest norm of the gradient; 0: any.
+    frozen_steps : int
+        FCN and VGG19 U-Net: so many first steps leave the trunk as it is. Then its
+        last `thawed` convolutions learn, too, all at `thaw_rate` times the rate, and
+        the optimizer starts afresh.
+    thawed : int
+        See `frozen_steps`.
+    thaw_rate : float
+        See `frozen_steps`.
     loss : {"cross_entropy", "dice", "jaccard", "bce_dice", "focal"}
         What is minimised, on annotated pixels only.
+    border, border_sigma : float
+        Height and width in pixels of U-Net's extra weight (cross-entropy alone) on the
+        background between two objects; 0: none. The objects are the given instances,
+        else the connected regions of a class.
     edges : float
         Weight of the energy that draws borders between strokes to edges of the image.
     balance : float
@@ -274,8 +301,10 @@ class TrainConfig(Settings):
     held_out : float
         Share of the positions whose strokes only score and never train, ever: it is
         decided at a model's first training and stays with the model.
+    score_every : int or None
+        Steps from one held-out score (or validation) to the next; None: 50.
     patience : int or None
-        End after so many held-out scores (one each 50 steps) in a row that are no
+        End after so many held-out scores in a row that are no
         better than the best, and return the model that scored best; NaN is no better,
         and while there is no score nothing is counted. None: train to the end and
         return the last model. A live training goes on until it is stopped.
@@ -298,6 +327,9 @@ class TrainConfig(Settings):
         added noise.
     mixed_precision : bool
         Half precision where the device computes in it: GPUs and some CPUs.
+    deterministic : bool
+        Only operations that give the same bits every time on the same device; slower on
+        a GPU, and an error where there is none. The CPU's are so anyway.
     """
 
     pretrained: bool = True
@@ -307,12 +339,22 @@ class TrainConfig(Settings):
     learning_rate: float = 2e-3
     weight_decay: float = 1e-4
     momentum: float = 0.9
+    nesterov: bool = True
+    schedule: Literal["constant", "cosine", "step"] = "constant"
+    schedule_steps: int = 0
+    clip: float = 0.0
+    frozen_steps: int = 0
+    thawed: int = 1
+    thaw_rate: float = 0.1
     loss: str = "cross_entropy"
+    border: float = 0.0
+    border_sigma: float = 5.0
     edges: float = 1.0
     balance: float = 1.0
     prior: float = 0.5
     averaging: float = 6.0
     held_out: float = 0.15
+    score_every: int | None = None
     patience: int | None = None
     flip: bool = True
     right_angles: bool = True
@@ -327,18 +369,24 @@ class TrainConfig(Settings):
     gamma: float = 0.0
     noise: float = 0.0
     mixed_precision: bool = True
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         whole: dict[str, tuple[float, float]] = {
             "patch": (16, 4096),
             "batch": (1, 4096),
             "warp_after": (0, 10**9),
+            "schedule_steps": (0, 10**9),
+            "frozen_steps": (0, 10**9),
+            "thawed": (0, 16),
         }
         for name, (low, high) in whole.items():
             check_number(name, getattr(self, name), low, high, whole=True)
-        if self.patience is not None:
-            check_number("patience", self.patience, 1, 10**9, whole=True)
+        for name in ("patience", "score_every"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), 1, 10**9, whole=True)
         check_choice("optimizer", self.optimizer, ("adamw", "adam", "sgd"))
+        check_choice("schedule", self.schedule, ("constant", "cosine", "step"))
         check_choice(
             "loss", self.loss, ("cross_entropy", "dice", "jaccard", "bce_dice", "focal")
         )
@@ -346,6 +394,10 @@ class TrainConfig(Settings):
             "learning_rate": (1e-12, 10),
             "weight_decay": (0, 1),
             "momentum": (0, 0.9999),
+            "clip": (0, 1e9),
+            "thaw_rate": (0, 1),
+            "border": (0, 1000),
+            "border_sigma": (0.1, 1000),
             "edges": (0, 1000),
             "balance": (0, 1),
             "prior": (0, 1),
@@ -363,11 +415,26 @@ class TrainConfig(Settings):
         }
         for name, (low, high) in limits.items():
             check_number(name, getattr(self, name), low, high)
-        for name in ("pretrained", "flip", "right_angles", "mixed_precision"):
+        for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(
                     f"`{name}` must be True or False, got {getattr(self, name)!r}."
                 )
+        self._check_fits()
+
+    def _check_fits(self) -> None:
+        """Refuse settings that need one another and do not have each other."""
+        if (self.schedule == "constant") != (self.schedule_steps == 0):
+            raise ValueError(
+                f"`schedule` {self.schedule!r} must go with `schedule_steps` "
+                f"{'0' if self.schedule == 'constant' else 'above 0'}, got "
+                f"{self.schedule_steps}."
+            )
+        if self.border and self.loss != "cross_entropy":
+            raise ValueError(
+                "`border` needs the loss cross_entropy, which weighs each pixel, got "
+                f"{self.loss!r}. Choose that loss, or border=0."
+            )
 
 
 @dataclass(frozen=True)

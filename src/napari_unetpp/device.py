@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from napari_unetpp import __version__
+from napari_unetpp.errors import TrainingError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -102,6 +103,40 @@ def considerate() -> Iterator[None]:
     finally:
         sys.setswitchinterval(interval)
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def deterministic(enabled: bool) -> Iterator[None]:
+    """Allow only operations that give the same bits every time, and restore.
+
+    Raises
+    ------
+    TrainingError
+        At an operation that has no such form on the device.
+    """
+    if not enabled:
+        yield
+        return
+    # cuBLAS reads it when it is first used.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    strict = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    tuned = torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        told = str(error).partition(".")[0]
+        raise TrainingError(
+            f"Not everything can be repeated bit for bit on this device: {told:.120}. "
+            "Leave `deterministic` off, or use device='cpu'."
+        ) from None
+    finally:
+        torch.use_deterministic_algorithms(strict, warn_only=warns)
+        torch.backends.cudnn.benchmark = tuned
 
 
 def describe(device: torch.device) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,6 +31,8 @@ class Examples:
         Highest class number found.
     fingerprints : list of str
         SHA-256 of each image and of its annotation, both shortened.
+    instances : list of ndarray of shape (Y, X)
+        Objects, numbered from 1; empty where they are not known.
     """
 
     images: list[NDArray[np.float32]]
@@ -38,6 +40,7 @@ class Examples:
     numbers: list[int]
     n_classes: int
     fingerprints: list[str]
+    instances: list[NDArray[np.integer]] = field(default_factory=list)
 
 
 def read_examples(
@@ -47,6 +50,7 @@ def read_examples(
     unlabelled: int | None = 0,
     channel_axis: int | None = None,
     preprocessing: Preprocessing | None = None,
+    instances: Any = None,
 ) -> Examples:
     """Read and scale every annotated plane.
 
@@ -60,6 +64,8 @@ def read_examples(
         See `train_steps`.
     preprocessing : Preprocessing or None, optional
         How grey values are scaled.
+    instances
+        See `train_steps`.
 
     Raises
     ------
@@ -85,7 +91,17 @@ def read_examples(
             for n in range(len(source))
         )
         planes.append({n: target for n, target in targets if target.any()})
-    return book.read(planes)
+    found = book.read(planes)
+    if instances is None:
+        return found
+    kept = []
+    for (_, objects), source, which, chosen in zip(
+        _pairs(images, instances), book.sources, names, planes, strict=True
+    ):
+        objects = np.asarray(objects)
+        check_annotation(objects, source, f"instances{which}")
+        kept += [objects[source.index(n)] for n in sorted(chosen)]
+    return replace(found, instances=kept)
 
 
 class ExampleBook:
@@ -149,15 +165,15 @@ class ExampleBook:
         top = 0
         for i, planes in enumerate(targets):
             for number, target in sorted(planes.items()):
-                image, fingerprint = self._plane(i, number)
+                image, of_image = self._plane(i, number)
                 known, digest = self._hashed.get((i, number), (None, ""))
                 if known is not target:
-                    digest = _fingerprint(target)
+                    digest = fingerprint(target)
                     self._hashed[i, number] = target, digest
                 found.images.append(image)
                 found.targets.append(target)
                 found.numbers.append(number)
-                found.fingerprints.append(fingerprint + digest)
+                found.fingerprints.append(of_image + digest)
                 top = max(top, int(target.max()))
         if not found.images:
             raise ValueError(
@@ -177,7 +193,7 @@ class ExampleBook:
                     f"{number} holds only the value {plane.flat[0]}. Leave it out."
                 )
             image = self._preprocessing.apply(plane, limits, name=name)
-            self._scaled[i, number] = image, _fingerprint(plane)
+            self._scaled[i, number] = image, fingerprint(plane)
         return self._scaled[i, number]
 
 
@@ -213,7 +229,8 @@ def _target(
     return target if unlabelled == 0 else target + np.uint8(1)
 
 
-def _fingerprint(array: NDArray[Any]) -> str:
+def fingerprint(array: NDArray[Any]) -> str:
+    """Return 16 digits that tell an array of this type, shape and values."""
     digest = hashlib.sha256(f"{array.dtype}{array.shape}".encode())
     digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()[:16]

@@ -466,6 +466,25 @@ def border_weights(
     return weights.astype(np.float32)
 
 
+def regions(target: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Return the connected regions of each class but the background, numbered from 1.
+
+    Parameters
+    ----------
+    target : ndarray of shape (H, W) and dtype uint8
+        0 = not annotated, 1 = background, 2, 3, ... = classes.
+
+    Returns
+    -------
+    ndarray of shape (H, W) and dtype int64
+        Pixels that share a side belong together.
+    """
+    from skimage.measure import label
+
+    objects = np.where(target > 1, target, 0)
+    return np.asarray(label(objects, connectivity=1), np.int64)  # type: ignore[no-untyped-call]
+
+
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "cross_entropy": cross_entropy,
     "dice": dice,

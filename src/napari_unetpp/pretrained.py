@@ -1,16 +1,23 @@
-"""The weights that ship: what a network knows before it sees the first stroke."""
+"""The weights that ship, or a trunk's: what a network knows before it is trained."""
 
 from __future__ import annotations
 
+import hashlib
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
 
+from napari_unetpp import io
+from napari_unetpp.errors import ModelFileError
 from napari_unetpp.model import load_model
 
 if TYPE_CHECKING:
+    import os
+
     from napari_unetpp.model import Model
     from napari_unetpp.networks import SegmentationNet
 
@@ -58,6 +65,73 @@ def start_from_pretrained(network: SegmentationNet) -> str | None:
                 given = _folded(given, theirs.in_channels, channels)
             weight.copy_(given)
     return str(source.provenance["digest"])
+
+
+@torch.no_grad()
+def load_trunk(model: Model, path: str | os.PathLike[str]) -> Model:
+    """Return a copy of a model whose VGG trunk has the weights of a file.
+
+    Parameters
+    ----------
+    model : Model
+        Of an FCN or the VGG19 U-Net, in the width of the file (64) and without norm.
+    path : path
+        A .safetensors file with ``features.N.weight`` and ``features.N.bias`` as
+        torchvision's VGG16 and VGG19 have them; whatever else it holds is ignored.
+
+    Returns
+    -------
+    Model
+        The first convolution is folded for other numbers of channels than three.
+
+    Raises
+    ------
+    ValueError
+        If the model has no such trunk, or the file's does not fit it.
+    ModelFileError
+        If the file is missing or no safetensors file.
+
+    Notes
+    -----
+    The published weights expect ImageNet's mean and deviation; here images are scaled
+    by their percentiles, which the first layers have to make up for.
+    """
+    copy = model.copy()
+    trunk, config = getattr(copy.network, "features", None), model.config
+    if not isinstance(trunk, nn.Module) or config.norm != "none":
+        raise ValueError(
+            "`model` must have a VGG trunk without norm (fcn-32s, fcn-16s, fcn-8s, "
+            f"vgg19-unet), got {config.name} with norm {config.norm!r}."
+        )
+    name = io.shown(path)
+    try:
+        with safe_open(path, "pt") as file:
+            known = set(file.keys())
+            for key, own in trunk.state_dict().items():
+                if f"features.{key}" not in known:
+                    raise ValueError(
+                        f"`{name}` has no `features.{key}`, so it is not the trunk of "
+                        f"{config.name}. Choose the weights of another VGG."
+                    )
+                given = file.get_tensor(f"features.{key}")
+                if key == "0.weight" and given.ndim == 4:
+                    given = _folded(given, given.shape[1], config.in_channels)
+                if given.shape != own.shape:
+                    raise ValueError(
+                        f"`features.{key}` of `{name}` must have the shape "
+                        f"{tuple(own.shape)}, got {tuple(given.shape)}. Give the "
+                        "network the width of the file, mostly 64."
+                    )
+                own.copy_(given)
+    except (OSError, SafetensorError) as error:
+        raise ModelFileError(
+            f"`{name}` cannot be read as a safetensors file: {error!s:.100}. Check its "
+            "name, or convert the weights to safetensors."
+        ) from None
+    copy.provenance["digest"] = hashlib.sha256(
+        b"".join(v.numpy().tobytes() for v in trunk.state_dict().values())
+    ).hexdigest()
+    return copy
 
 
 @cache

@@ -57,6 +57,11 @@ class Score:
     per_class: tuple[float, ...]
     pixels: int
 
+    @classmethod
+    def known(cls, mean: float) -> Score:
+        """Return a mean IoU that was measured on other images, not estimated."""
+        return cls(mean, mean, mean, (), 0)
+
     def to_list(self) -> list[Any]:
         """Return it, JSON-able."""
         classes = [v if np.isfinite(v) else None for v in self.per_class]

@@ -43,7 +43,7 @@ from napari_unetpp.trainer import Trainer, is_scored
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Collection, Generator, Sequence
+    from collections.abc import Callable, Collection, Generator, Sequence
 
     import torch
 
@@ -77,6 +77,8 @@ def train_steps(
     checkpoint_seconds: float = 60.0,
     resume: bool = False,
     changed_data: bool = False,
+    instances: Any = None,
+    judge: Callable[[Model, int], float] | None = None,
 ) -> Generator[TrainStep, None, Model]:
     """Learn from annotated pixels, step by step.
 
@@ -123,6 +125,12 @@ def train_steps(
         interrupted; what differs is logged, and stands in ``provenance["resumed"]``.
     changed_data : bool, optional
         Whether to resume with other images or annotations than before.
+    instances : array or sequence of arrays of shape (..., Y, X), optional
+        The objects, numbered from 1, of each image: where ``config.border`` puts its
+        weight. None: the connected regions of each class.
+    judge : callable, optional
+        Takes the model and the step every ``config.score_every`` steps, and gives the
+        score in place of the held-out one, such as a mean IoU on other images.
 
     Yields
     ------
@@ -174,6 +182,7 @@ def train_steps(
         unlabelled=unlabelled,
         channel_axis=channel_axis,
         preprocessing=model.preprocessing if model else None,
+        instances=instances,
     )
     names = _class_names(classes, model, examples, 0 if unlabelled is None else 1)
     channels = len(examples.images[0])
@@ -186,6 +195,7 @@ def train_steps(
         # Strokes that have changed since must not choose other places.
         start.provenance["held_out"] = found.model.provenance["held_out"]
     trainer = Trainer(start, examples, config, seed=seed, device=target_device)
+    trainer.judge = judge
     history: list[TrainStep] = []
     if rolling and found:
         go_on(trainer, examples, found, rolling, changed_data=changed_data)
@@ -194,7 +204,7 @@ def train_steps(
     limits = _Limits(began, max_seconds, max_steps, stop)
     best = None
     if config.patience is not None:
-        best = _Best(config.patience, rolling, history)
+        best = _Best(config, rolling, history)
     return _loop(trainer, examples, limits, history, rolling, best)
 
 
@@ -267,15 +277,15 @@ class _Best:
     """The model that scored best so far, and how often none was better since."""
 
     def __init__(
-        self, patience: int, rolling: Rolling | None, history: Sequence[TrainStep]
+        self, config: TrainConfig, rolling: Rolling | None, history: Sequence[TrainStep]
     ) -> None:
-        self._patience = patience
+        self._patience = config.patience or 1
         self._rolling = rolling
         self._score = -math.inf
         self._failures = 0
         self.model: Model | None = None
         for step in history:  # of earlier processes
-            if is_scored(step.step):
+            if is_scored(step.step, config.score_every):
                 self._is_better(step.score)
         if history and rolling and (found := rolling.best()):
             self.model = from_file(found.model, io.shown(rolling.path))
@@ -351,6 +361,8 @@ def go_on(
     then, mine = (
         {k: v for k, v in c.identity.items() if k not in free} for c in (found, now)
     )
+    if isinstance(then.get("settings"), dict):  # an older version knew fewer
+        then["settings"] = {**TrainConfig().to_dict(), **then["settings"]}
     if other := differences(then, mine):
         raise ValueError(
             f"`resume` must get the arguments that `{io.shown(rolling.path)}` began "

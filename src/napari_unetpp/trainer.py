@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from napari_unetpp import __version__, augment, heldout, losses
+from napari_unetpp import __version__, augment, heldout, losses, schedule
 from napari_unetpp.checkpoint import (
     Checkpoint,
     State,
@@ -20,14 +20,14 @@ from napari_unetpp.checkpoint import (
     set_chance,
 )
 from napari_unetpp.config import check_number
-from napari_unetpp.device import autocast, environment
+from napari_unetpp.device import autocast, deterministic, environment
 from napari_unetpp.errors import TrainingError
 from napari_unetpp.heldout import HeldOut
 from napari_unetpp.sampling import Draw, PatchSampler
 from napari_unetpp.score import Score, Scorer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
@@ -67,6 +67,8 @@ class Trainer:
         What never trains: the model's own, or chosen now and frozen.
     estimates : dict of int to Score
         The newest score at each depth; empty while there are too few strokes.
+    judge : callable or None
+        Takes the model and the step, and gives the score in place of the held-out one.
 
     Raises
     ------
@@ -104,6 +106,8 @@ class Trainer:
         self._fresh_strokes: list[NDArray[np.uint8]] = []
         self._fresh_until = 0
         self.resumed: list[dict[str, Any]] = []
+        self.judge: Callable[[Model, int], float] | None = None
+        self._pixel_weights: Tensor | None = None  # of the batch that was drawn last
         self._rng = np.random.default_rng(seed)
         self._generator = torch.Generator().manual_seed(seed)
         self._read(examples)
@@ -113,6 +117,7 @@ class Trainer:
         self.network.add_to_logits([-p for p in model.prior])
         self._shown = model.copy().network.to(device)
         self._shown.load_state_dict(self.network.state_dict())
+        schedule.freeze(self.network, config, 0)
         self._optimizer = self._make_optimizer()
         self._frequency = np.zeros(self._n_classes)
 
@@ -129,7 +134,7 @@ class Trainer:
     @property
     def scored_now(self) -> bool:
         """Whether the last step was one after which the score is measured."""
-        return is_scored(self.steps)
+        return is_scored(self.steps, self._config.score_every)
 
     def _read(self, examples: Examples) -> None:
         targets, numbers = examples.targets, examples.numbers
@@ -148,6 +153,9 @@ class Trainer:
             there[id(i)] if id(i) in there else torch.from_numpy(i).to(self._device)
             for i in examples.images
         ]
+        self._weighed = self._images
+        if self._config.border:
+            self._weighed = self._with_weights(examples)
         self._arrays, self._training = examples.images, training
         self._targets = [torch.from_numpy(t).to(self._device) for t in training]
         self._sampler = PatchSampler(training, self._config.patch, self._rng)
@@ -160,6 +168,16 @@ class Trainer:
             margin=self._start.network.margin,
             seed=self._seed,
         )
+
+    def _with_weights(self, examples: Examples) -> list[Tensor]:
+        """Return the images with their border weights as one more channel."""
+        objects = examples.instances or [losses.regions(t) for t in examples.targets]
+        w0, sigma = self._config.border, self._config.border_sigma
+        weights = [losses.border_weights(o, w0=w0, sigma=sigma) for o in objects]
+        return [
+            torch.cat([image, torch.from_numpy(w)[None].to(self._device)])
+            for image, w in zip(self._images, weights, strict=True)
+        ]
 
     def learn_from(self, examples: Examples) -> None:
         """Go on with other annotations, and look at what is new in them first.
@@ -201,7 +219,7 @@ class Trainer:
                 learned,
                 lr=c.learning_rate,
                 momentum=c.momentum,
-                nesterov=c.momentum > 0,
+                nesterov=c.nesterov and c.momentum > 0,
                 weight_decay=c.weight_decay,
             )
         kind = torch.optim.AdamW if c.optimizer == "adamw" else torch.optim.Adam
@@ -225,7 +243,7 @@ class Trainer:
         )
         window = spec.window(side)
         windows, annotation = augment.cut_windows(
-            self._images,
+            self._weighed,
             self._targets,
             draw.image.tolist(),
             draw.centres.tolist(),
@@ -235,6 +253,9 @@ class Trainer:
             c.batch, side, window, self._generator, spec, self._device
         )
         patches, annotation = augment.warp(windows, annotation, grid)
+        if c.border:
+            patches, weights = patches[:, :-1], patches[:, -1]
+            self._pixel_weights = _inner(weights, self.network.margin)
         patches = augment.grey_values(
             patches,
             self._generator,
@@ -257,15 +278,8 @@ class Trainer:
 
     def step(self) -> float:
         """Take one optimizer step and return its loss."""
-        self.network.train()
-        patches, target = self.batch()
-        with autocast(self._device, self._config.mixed_precision), self._dropout():
-            heads = self.network(patches, self._depth())
-        loss = self._loss(heads, target)
-        total = loss + self._between_strokes(heads, patches)
-        self._optimizer.zero_grad(set_to_none=True)
-        total.backward()  # type: ignore[no-untyped-call]
-        self._optimizer.step()
+        with deterministic(self._config.deterministic):
+            loss, total = self._update()
         self.steps += 1
         self._average()
         value, whole = float(loss.detach()), float(total.detach())
@@ -274,11 +288,35 @@ class Trainer:
                 f"The loss must stay finite, got {whole} at step {self.steps}. Start "
                 "over with a smaller `learning_rate`."
             )
-        if self.scored_now:
+        if self.scored_now and self.judge:
+            told = self.judge(self.model(), self.steps)
+            known = Score.known(told if math.isfinite(told) else 0.0)
+            self.estimates = {self._shown.depths[-1]: known}
+        elif self.scored_now:
             self.estimates = self._scorer.measure(
                 self._shown, self._prior(), half=self._config.mixed_precision
             )
         return value
+
+    def _update(self) -> tuple[Tensor, Tensor]:
+        """Change the weights once; return the loss and all that was minimised."""
+        if schedule.thaws(self._config, self.steps):
+            schedule.freeze(self.network, self._config, self.steps)
+            self._optimizer = self._make_optimizer()
+        schedule.train_mode(self.network, self._config, self.steps)
+        patches, target = self.batch()
+        with autocast(self._device, self._config.mixed_precision), self._dropout():
+            heads = self.network(patches, self._depth())
+        loss = self._loss(heads, target)
+        total = loss + self._between_strokes(heads, patches)
+        self._optimizer.zero_grad(set_to_none=True)
+        total.backward()  # type: ignore[no-untyped-call]
+        if self._config.clip:
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), self._config.clip)
+        for group in self._optimizer.param_groups:
+            group["lr"] = schedule.rate(self._config, self.steps)
+        self._optimizer.step()
+        return loss, total
 
     def _depth(self) -> int:
         """Return how deep this step goes: 1, 2, 1, 3, 1, 2, 1, 4, 1, ...
@@ -312,7 +350,9 @@ class Trainer:
         return losses.deep_supervision(
             heads,
             target,
-            lambda logits, t: losses.cross_entropy(logits, t, class_weights=weights),
+            lambda logits, t: losses.cross_entropy(
+                logits, t, pixel_weights=self._pixel_weights, class_weights=weights
+            ),
         )
 
     def _between_strokes(self, heads: list[Tensor], patches: Tensor) -> Tensor | float:
@@ -487,8 +527,11 @@ class Trainer:
         for start, network in (("network.", self.network), ("shown.", self._shown)):
             own = {k: tensors.pop(start + k) for k in network.state_dict()}
             _load(network, own)
-        self._restore_optimizer(tensors)
         self.steps = check_whole(values["steps"], 0)
+        # The step that thaws makes a new optimizer before anything is changed.
+        schedule.freeze(self.network, self._config, max(0, self.steps - 1))
+        self._optimizer = self._make_optimizer()
+        self._restore_optimizer(tensors)
         self._averaged_from = check_whole(values["averaged_from"], 0, self.steps)
         self._fresh_until = check_whole(values["fresh_until"], 0)
         self.estimates = {
@@ -553,9 +596,9 @@ class Trainer:
         return tuple(float(v) for v in self._config.prior * self._config.balance * log)
 
 
-def is_scored(step: int) -> bool:
+def is_scored(step: int, every: int | None = None) -> bool:
     """Return whether the held-out score is measured after this step."""
-    return step > 0 and step % _SCORE_EVERY == 0
+    return step > 0 and step % (every or _SCORE_EVERY) == 0
 
 
 def _load(network: torch.nn.Module, arrays: dict[str, NDArray[Any]]) -> None:

@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from napari_unetpp import __version__
 from napari_unetpp.config import NETWORKS
+from napari_unetpp.presets import PRESETS
 
 _CODES = (
     "exit codes: 0 done, 2 wrong argument, 3 bad file, 4 no memory or disk left, "
@@ -139,8 +140,8 @@ def _train(command: argparse.ArgumentParser) -> None:
         help="the annotation file, or a folder of them with the images' names",
     )  # fmt: skip
     command.add_argument(
-        "-o", "--out", type=Path, required=True, metavar="MODEL.safetensors",
-        help="the model file to write",
+        "-o", "--out", type=Path, metavar="MODEL.safetensors",
+        help="the model file to write; with --run it may be left out",
     )  # fmt: skip
     _add_coding(command)
     command.add_argument(
@@ -174,6 +175,72 @@ def _train(command: argparse.ArgumentParser) -> None:
         help="resume although images or annotations are others than before",
     )  # fmt: skip
     _add_overwrite(command)
+
+    _add_recipe(command)
+    _add_run(command)
+
+
+def _add_recipe(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--preset", choices=PRESETS, metavar="NAME",
+        help=f"a paper's network and training: {', '.join(PRESETS)}",
+    )  # fmt: skip
+    command.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE",
+        help="change a setting of the training or the network, such as batch=8, "
+        "patience=20 or dropout=0",
+    )  # fmt: skip
+    command.add_argument(
+        "--deterministic", action="store_true",
+        help="only operations that give the same bits every time",
+    )  # fmt: skip
+
+
+def _add_run(command: argparse.ArgumentParser) -> None:
+    long = command.add_argument_group(
+        "long training",
+        "IMAGES and ANNOTATIONS are folders of images and dense masks, with subfolders "
+        "train/, val/ and test/ or divided at random; val chooses the best step and "
+        "the end, test is scored once. Without --steps and --seconds, patience ends it",
+    )
+    long.add_argument(
+        "--run", type=Path, metavar="FOLDER",
+        help="for the model, settings, history, scores and a report",
+    )  # fmt: skip
+    long.add_argument(
+        "--groups", metavar="TABLE|REGEX",
+        help="keep groups together: a .csv with the columns name and group, or what a "
+        "regular expression matches in the names",
+    )  # fmt: skip
+    long.add_argument(
+        "--split", type=_shares, metavar="A,B,C",
+        help="shares of train, val and test in percent (default: 70,15,15)",
+    )  # fmt: skip
+    long.add_argument(
+        "--instances", action="store_true",
+        help="the masks number single objects: 0 = background, 1, 2, ... = objects",
+    )  # fmt: skip
+    long.add_argument(
+        "--trunk", type=Path, metavar="FILE",
+        help="a .safetensors file with a VGG's `features` to start from (default: "
+        "random weights)",
+    )  # fmt: skip
+    long.add_argument(
+        "--tile", type=int, metavar="PX", help="side of a tile in validation and test"
+    )
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    try:
+        shares = [float(part) for part in text.split(",")]
+    except ValueError:
+        shares = []
+    total = sum(shares)
+    if len(shares) != 3 or not 0 < total < float("inf"):
+        raise argparse.ArgumentTypeError(
+            f"takes three numbers such as 70,15,15, got {text!r}"
+        )
+    return tuple(share / total for share in shares)
 
 
 def _predict(command: argparse.ArgumentParser) -> None:

@@ -9,9 +9,9 @@ import numpy as np
 
 from napari_unetpp import batch, io
 from napari_unetpp.checkpoint import Rolling
-from napari_unetpp.cli import jobs, learning
+from napari_unetpp.cli import jobs, learning, recipes, running
 from napari_unetpp.cli.console import REPLACE, count, plain, quoted, score, table
-from napari_unetpp.config import NetConfig, TrainConfig, working_config
+from napari_unetpp.config import TrainConfig
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -20,14 +20,17 @@ if TYPE_CHECKING:
     from napari_unetpp.api import Model
     from napari_unetpp.cli.comparison import Comparison
     from napari_unetpp.cli.console import Console
+    from napari_unetpp.config import NetConfig
     from napari_unetpp.samples import Sample
 
-_NETWORK = "unet++"
 _DEMO_NETWORK = "unet"  # learns most in half a minute
 
 
 def train(options: Namespace, console: Console) -> int:
     """Learn from annotated images and write the model."""
+    if options.run:
+        return running.run(options, console)
+    config = recipes.config_of(options)
     pairs, pictures, coded = _training_files(options, console)
     rolling = _checkpoint(options, pairs)
     from napari_unetpp import api
@@ -50,7 +53,7 @@ def train(options: Namespace, console: Console) -> int:
             classes=classes,
             unlabelled=annotations.unlabelled,
             channel_axis=pictures[0].channel_axis,
-            config=TrainConfig(pretrained=not options.from_scratch),
+            config=config,
             seed=options.seed,
             device=options.device,
             stop=stop,
@@ -87,16 +90,26 @@ def _training_files(
     options: Namespace, console: Console
 ) -> tuple[list[tuple[Path, Path]], list[batch.Picture], list[Any]]:
     """Check everything that can be checked without torch, cheapest first."""
+    if options.out is None:
+        raise ValueError(
+            "-o MODEL.safetensors says where the model goes; a long training with a "
+            "report takes --run FOLDER instead. Add one of them."
+        )
+    if any((options.groups, options.instances, options.trunk, options.tile)):
+        raise ValueError(
+            "--groups, --instances, --trunk and --tile belong to a long training. Add "
+            "--run FOLDER, or leave them out."
+        )
     if options.out.suffix != ".safetensors":
         raise ValueError(
             "The model's file must end in .safetensors, got "
             f"`{io.shown(options.out)}`. Add the ending."
         )
-    given = [options.width, options.levels, options.network]
+    given = [options.width, options.levels, options.network, options.preset]
     if options.base and (options.from_scratch or any(v is not None for v in given)):
         raise ValueError(
             "--from goes on with a model and its network. Leave out --network, "
-            "--width, --levels and --from-scratch."
+            "--preset, --width, --levels and --from-scratch."
         )
     pairs = jobs.find_pairs(
         options.images, options.annotations, "IMAGES and ANNOTATIONS"
@@ -145,21 +158,16 @@ def _network(
     classes: Sequence[str] | None,
 ) -> str | NetConfig:
     """Return the network's name, or all its settings if some are given."""
-    name: str = options.network or _NETWORK
-    if options.width is None and options.levels is None:
+    name: str = options.network or recipes.DEFAULT
+    sizes = options.width is not None or options.levels is not None
+    if not (sizes or options.preset or recipes.network_changes(options)):
         return name
     if classes is None:
         top = max(jobs.values_of(annotations.arrays))
         n_classes = max(2, top + (annotations.unlabelled is None))
     else:
         n_classes = len(classes)
-    return working_config(
-        name,
-        pictures[0].channels,
-        n_classes,
-        width=options.width,
-        levels=options.levels,
-    )
+    return recipes.network_of(options, pictures[0].channels, n_classes)
 
 
 def _tell_channels(pictures: Sequence[batch.Picture], console: Console) -> None:
