@@ -51,8 +51,10 @@ TABLE = {
     "script": "io errors",
     "recovery": "checkpoint io errors",
     "samples": "errors",
-    "batch": "predict model io preprocess config errors",
-    "api": "+live +batch evaluate samples io",
+    "cluster": "io config errors",
+    "bigimage": "cluster predict model device preprocess io config errors",
+    "batch": "cluster predict model io preprocess config errors",
+    "api": "+live +batch bigimage evaluate samples io",
     "cli": "api batch checkpoint evaluate io samples config errors",
     "_sample_data": "samples",
     "_widgets": "messages config errors api live device script recovery",
@@ -68,7 +70,7 @@ KNOWS_NAPARI = {"_widgets", "_sample_data"}
 WITHOUT_TORCH = {
     "__init__", "errors", "config", "messages", "sampling", "evaluate", "modelfile",
     "checkpoint", "recovery",
-    "samples", "batch", "script", "_sample_data",
+    "samples", "batch", "cluster", "script", "_sample_data",
 }  # fmt: skip
 
 

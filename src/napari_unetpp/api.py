@@ -1,6 +1,7 @@
 """The public names: everything a script needs, nothing else."""
 
 from napari_unetpp.batch import BatchStep, Target, plan_files, predict_files
+from napari_unetpp.bigimage import ZarrStep, predict_to_zarr, predict_to_zarr_steps
 from napari_unetpp.config import (
     NETWORKS,
     NetConfig,
@@ -9,14 +10,17 @@ from napari_unetpp.config import (
     published_config,
 )
 from napari_unetpp.errors import (
+    ClusterError,
     DeviceMemoryError,
     ImageFileError,
+    MissingPackageError,
     ModelFileError,
     SaveError,
     TrainingError,
     UnetppError,
 )
 from napari_unetpp.evaluate import Evaluation, evaluate
+from napari_unetpp.io import Axis, LazyImage, open_image
 from napari_unetpp.model import Model, TrainStep, create_model, load_model
 from napari_unetpp.predict import Tile, predict, predict_proba, predict_tiles
 from napari_unetpp.preprocess import Preprocessing
@@ -24,10 +28,14 @@ from napari_unetpp.train import train, train_steps
 
 __all__ = [
     "NETWORKS",
+    "Axis",
     "BatchStep",
+    "ClusterError",
     "DeviceMemoryError",
     "Evaluation",
     "ImageFileError",
+    "LazyImage",
+    "MissingPackageError",
     "Model",
     "ModelFileError",
     "NetConfig",
@@ -40,14 +48,18 @@ __all__ = [
     "TrainStep",
     "TrainingError",
     "UnetppError",
+    "ZarrStep",
     "create_model",
     "evaluate",
     "load_model",
+    "open_image",
     "plan_files",
     "predict",
     "predict_files",
     "predict_proba",
     "predict_tiles",
+    "predict_to_zarr",
+    "predict_to_zarr_steps",
     "published_config",
     "train",
     "train_steps",

@@ -1,0 +1,183 @@
+"""Work shared by processes, on this computer or by the workers of a dask scheduler."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from napari_unetpp import io
+from napari_unetpp.config import check_number
+from napari_unetpp.errors import ClusterError, UnetppError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterator, Sequence
+
+_RETRIES = 3  # how often a task may lose its worker
+_TIMEOUT = 30  # s until a scheduler has answered
+_LARGEST = 16 * 2**20  # bytes that describe the work to a worker
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Who shares the work; false where nobody does.
+
+    Attributes
+    ----------
+    workers : int or None
+        Processes on this computer.
+    scheduler : str or None
+        Address of a dask scheduler, such as "tcp://10.0.0.7:8786".
+    """
+
+    workers: int | None = None
+    scheduler: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.workers is not None:
+            check_number("workers", self.workers, 1, 1024, whole=True)
+            if self.scheduler is not None:
+                raise ValueError(
+                    "Pass `workers` or `scheduler`, not both: a scheduler has workers."
+                )
+        if self:
+            io.needed("distributed", "cluster")
+
+    def __bool__(self) -> bool:
+        return self.workers is not None or self.scheduler is not None
+
+    @contextmanager
+    def client(self) -> Iterator[Any]:
+        """Connect to the workers, and end those that were started here.
+
+        Raises
+        ------
+        ClusterError
+            If the scheduler does not answer.
+        """
+        import dask
+        import distributed
+
+        settings = {
+            "distributed.scheduler.allowed-failures": _RETRIES,
+            "distributed.comm.timeouts.connect": _TIMEOUT,
+        }
+        with dask.config.set(settings):
+            if self.scheduler is not None:
+                try:
+                    client = distributed.Client(self.scheduler, timeout=_TIMEOUT)
+                except (OSError, ValueError, TypeError) as error:
+                    raise ClusterError(
+                        f"The scheduler `{self.scheduler}` does not answer. Is it "
+                        "running, and is the address right (tcp://HOST:8786)?"
+                    ) from error
+                with client:
+                    yield client
+                return
+            # Other computers must not reach processes that run what they are sent.
+            with (
+                distributed.LocalCluster(
+                    n_workers=self.workers,
+                    threads_per_worker=1,
+                    host="127.0.0.1",
+                    dashboard_address=None,
+                    memory_limit=0,
+                ) as processes,
+                distributed.Client(processes) as client,
+            ):
+                yield client
+
+
+def each(
+    client: Any,
+    work: Callable[[bytes, Any], Any],
+    job: Any,
+    items: Sequence[Any],
+    *,
+    keep_going: bool = False,
+) -> Generator[tuple[Any, Any], None, None]:
+    """Yield each item with what `work` returned for it, in the order of completion.
+
+    Parameters
+    ----------
+    client : distributed.Client
+        From `Wanted.client`.
+    work : callable
+        Takes `job`, packed, and an item; pure, so that it can be done again.
+    job : object
+        The same for all items.
+    items : sequence
+        Few are with the workers at a time.
+    keep_going : bool, optional
+        Whether an item whose workers died is yielded with a `ClusterError` instead of
+        ending the work.
+
+    Raises
+    ------
+    ClusterError
+        If a task lost its worker too often.
+    """
+    import distributed
+    from distributed.protocol import pickle
+
+    blob = pickle.dumps(job)
+    if len(blob) > _LARGEST:
+        raise ValueError(
+            "Workers read the image themselves: it must be a path, or a dask or zarr "
+            f"array of stored data, got {len(blob) / 1e6:.0f} MB in memory."
+        )
+    waiting = iter(items)
+    running: dict[Any, Any] = {}
+
+    def submit() -> Any:
+        for item in waiting:
+            future = client.submit(work, blob, item, pure=False, retries=_RETRIES)
+            running[future] = item
+            return future
+        return None
+
+    threads = max(1, sum(client.nthreads().values()))
+    first = [f for f in (submit() for _ in range(2 * threads)) if f is not None]
+    queue = distributed.as_completed(first)
+    try:
+        for future in queue:
+            item = running.pop(future)
+            yield item, _outcome(future, keep_going)
+            following = submit()
+            if following is not None:
+                queue.add(following)
+    finally:
+        client.cancel(list(running))
+
+
+def _outcome(future: Any, keep_going: bool) -> Any:
+    import distributed
+
+    try:
+        return future.result()
+    except UnetppError:
+        raise
+    except (distributed.KilledWorker, distributed.CancelledError, OSError) as error:
+        lost = ClusterError(
+            f"Workers died again and again, or the scheduler was lost: {error}. What "
+            "is done is kept: the same command goes on with it."
+        )
+        if keep_going:
+            return lost
+        raise lost from error
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Let dask arrays be read by this thread, not by tasks that wait for it."""
+    import dask
+
+    with dask.config.set(scheduler="synchronous"):
+        yield
+
+
+def unpacked(blob: bytes) -> Any:
+    """Return a job that `each` has packed, for this process alone."""
+    from distributed.protocol import pickle
+
+    return pickle.loads(blob)

@@ -1,0 +1,337 @@
+"""Labels larger than memory: written chunk by chunk, complete or still in `.part`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sys
+import zlib
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from napari_unetpp.errors import SaveError
+from napari_unetpp.io.files import rotate, shown, write_text
+from napari_unetpp.io.lazy import Axis, needed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+_TOP = 512  # px; the smallest level of the pyramid is not larger
+_MISSING = 255  # what a chunk that is missing holds: no class, so it is not overlooked
+_TMP = ".partial"  # how zarr calls a chunk that it has not finished
+
+
+class Labels:
+    """The full resolution of an OME-Zarr label image that is being written.
+
+    Parameters
+    ----------
+    folder : path
+        As `create_labels` made it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        zarr = needed("zarr", "big")
+        # So that a chunk that is missing is a fault, whatever the labels in it.
+        with zarr.config.set({"array.write_empty_chunks": True}):
+            self._levels = [
+                zarr.open_array(folder, path=str(n), mode="r+")
+                for n in range(sum(f.name.isdecimal() for f in folder.iterdir()))
+            ]
+
+    def write(self, place: tuple[int | slice, ...], labels: NDArray[np.uint8]) -> int:
+        """Write a whole chunk and return its checksum."""
+        self._levels[0][place] = labels
+        return zlib.crc32(labels.tobytes())
+
+    def checksum(self, place: tuple[int | slice, ...]) -> int:
+        """Return the checksum of what is stored, -1 if it cannot be read."""
+        try:
+            return zlib.crc32(np.asarray(self._levels[0][place]).tobytes())
+        except (OSError, ValueError, RuntimeError):
+            return -1
+
+    def coarsen(self) -> Iterator[int]:
+        """Write the smaller levels, every second pixel; yield the pixels of chunks."""
+        for fine, coarse in zip(self._levels, self._levels[1:], strict=False):
+            side = coarse.chunks[-1]
+            *leading, height, width = coarse.shape
+            for lead in np.ndindex(*leading):
+                for y in range(0, height, side):
+                    for x in range(0, width, side):
+                        here = slice(y, y + side), slice(x, x + side)
+                        there = (
+                            slice(2 * y, 2 * (y + side)),
+                            slice(2 * x, 2 * (x + side)),
+                        )
+                        block = np.asarray(fine[(*lead, *there)])[::2, ::2]
+                        coarse[(*lead, *here)] = block
+                        yield block.size
+
+
+def create_labels(
+    folder: Path,
+    shape: tuple[int, ...],
+    chunk: int,
+    axes: tuple[Axis, ...],
+    classes: Mapping[int, str],
+    version: str,
+) -> None:
+    """Make an OME-Zarr label image with all levels of its pyramid, still empty.
+
+    Parameters
+    ----------
+    folder : path
+        Must not exist.
+    shape : tuple of int
+        (..., Y, X).
+    chunk : int
+        Side of a chunk in Y and X.
+    axes : tuple of Axis
+        One per axis; those of the image, with their scales.
+    classes : mapping of int to str
+        What the values mean.
+    version : str
+        Of OME-Zarr: "0.4" or "0.5".
+    """
+    zarr, yaozarrs = needed("zarr", "big"), needed("yaozarrs", "big")
+    if len(shape) > 5:
+        raise ValueError(
+            f"OME-Zarr has at most 5 axes, got labels of shape {shape}. Predict a part "
+            "of the image."
+        )
+    shapes = [shape]
+    while max(shapes[-1][-2:]) > _TOP:
+        shapes.append((*shape[:-2], *(-(-n // 2) for n in shapes[-1][-2:])))
+    form = 2 if version == "0.4" else 3
+    group = zarr.create_group(folder, zarr_format=form)
+    datasets = []
+    for n, level in enumerate(shapes):
+        group.create_array(
+            str(n),
+            shape=level,
+            chunks=(*(1,) * (len(shape) - 2), chunk, chunk),
+            dtype=np.uint8,
+            fill_value=_MISSING,
+            dimension_names=None if form == 2 else [a.name for a in axes],
+            chunk_key_encoding={"name": "v2", "separator": "/"} if form == 2 else None,
+        )
+        steps = [
+            a.scale * (2**n if i >= len(shape) - 2 else 1) for i, a in enumerate(axes)
+        ]
+        moves: list[dict[str, Any]] = [{"type": "scale", "scale": steps}]
+        if any(a.offset for a in axes):
+            moves.append(
+                {"type": "translation", "translation": [a.offset for a in axes]}
+            )
+        datasets.append({"path": str(n), "coordinateTransformations": moves})
+    told = [
+        {k: v for k, v in (("name", a.name), ("type", a.kind), ("unit", a.unit)) if v}
+        for a in axes
+    ]
+    meta: dict[str, Any] = {
+        "multiscales": [
+            {"name": "labels", "axes": told, "datasets": datasets, "type": "nearest"}
+        ],
+        "image-label": {
+            "properties": [{"label-value": v, "class": k} for v, k in classes.items()]
+        },
+    }
+    if form == 2:
+        meta["multiscales"][0]["version"] = "0.4"
+        meta["image-label"]["version"] = "0.4"
+    else:
+        meta["version"] = "0.5"
+    yaozarrs.validate_ome_object(meta)
+    group.attrs.update(meta if form == 2 else {"ome": meta})
+
+
+def ordered(axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
+    """Return axes that OME-Zarr allows: time first, then others, then space."""
+    rank = {"time": 0, "space": 2}
+    ranks = [rank.get(a.kind or "", 1) for a in axes]
+    names = {a.name for a in axes}
+    if ranks == sorted(ranks) and len(names) == len(axes) and ranks.count(0) < 2:
+        return axes
+    return (
+        *(replace(a, name=f"axis{i}", kind=None) for i, a in enumerate(axes[:-2])),
+        *axes[-2:],
+    )
+
+
+# --- the unfinished result -------------------------------------------------------
+
+
+class Part:
+    """The folder ``NAME.zarr.part`` of a result that is not complete.
+
+    It holds the labels, what was planned, a line per chunk that is finished, and a
+    lock. Use `part` to open one.
+
+    Attributes
+    ----------
+    folder, labels, lock, model : Path
+        The folder, and what is in it: the labels, the lock, the model for workers.
+    closed : bool
+        Whether the folder is gone.
+    """
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+        self.folder = target.with_name(f"{target.name}.part")
+        self.labels = self.folder / "labels.zarr"
+        self.lock = self.folder / "lock"
+        self.model = self.folder / "model.safetensors"
+        self.closed = False
+        self._manifest = self.folder / "manifest.txt"
+        self._plan = self.folder / "plan.json"
+
+    def plan(self) -> dict[str, Any] | None:
+        """Return what was planned, None where nothing was begun."""
+        try:
+            found = json.loads(self._plan.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return found if isinstance(found, dict) else None
+
+    def begin(self, plan: dict[str, Any]) -> None:
+        """Write the plan; from now on there is something to resume."""
+        write_text(self._plan, json.dumps(plan, indent=1), overwrite=True)
+
+    def empty(self) -> None:
+        """Delete everything but the lock."""
+        self._plan.unlink(missing_ok=True)
+        self._manifest.unlink(missing_ok=True)
+        for folder in (self.labels, self.folder / "old.zarr"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def done(self) -> dict[int, int]:
+        """Return the checksums of the finished chunks by number.
+
+        The last line may have been cut by a kill or a power cut.
+        """
+        try:
+            text = self._manifest.read_text(encoding="ascii", errors="replace")
+        except FileNotFoundError:
+            return {}
+        lines = re.findall(r"^(\d+) ([0-9a-f]{8})\n", text, re.MULTILINE)
+        return {int(number): int(crc, 16) for number, crc in lines}
+
+    @contextmanager
+    def manifest(self, done: Mapping[int, int]) -> Iterator[Any]:
+        """Rewrite the lines of `done` and hand out a function that adds one."""
+        write_text(
+            self._manifest,
+            "".join(f"{n} {crc:08x}\n" for n, crc in done.items()),
+            overwrite=True,
+        )
+        with open(self._manifest, "a", encoding="ascii") as file:
+
+            def add(number: int, crc: int) -> None:
+                file.write(f"{number} {crc:08x}\n")
+                file.flush()
+
+            yield add
+
+    def sweep(self) -> None:
+        """Delete what killed writers have left."""
+        for file in self.labels.rglob(f"*{_TMP}"):
+            file.unlink(missing_ok=True)
+
+    def finish(self) -> None:
+        """Give the complete labels their name and delete the rest."""
+        self.sweep()
+        rotate(self.labels, self.target, self.folder / "old.zarr")
+        self.close()
+
+    def close(self) -> None:
+        """Delete the folder, of which nothing is needed any more."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.closed = True
+
+
+@contextmanager
+def part(target: Path) -> Iterator[Part]:
+    """Open the unfinished result beside `target`, alone.
+
+    Raises
+    ------
+    SaveError
+        If another process writes it, or the folder cannot be made.
+    """
+    found = Part(target)
+    name = shown(target)
+    try:
+        found.folder.mkdir(exist_ok=True)
+        lock = open(found.lock, "a+b")
+    except OSError as error:
+        raise SaveError(
+            f"`{name}` cannot be written: {error.strerror or error}. Choose another "
+            "folder."
+        ) from error
+    with lock:
+        if not _lock(lock.fileno()):
+            raise SaveError(
+                f"`{name}` is being written by another process. Wait until it is done, "
+                "or choose another name."
+            )
+        # The process that had it may have finished and deleted the folder since.
+        if not _same_file(lock.fileno(), found.lock):
+            raise SaveError(
+                f"`{name}` has just been finished by another process. Look at it first."
+            )
+        if target.exists() and not found.labels.exists():
+            found.empty()  # what was killed on its last steps
+        yield found
+    if sys.platform == "win32" and found.closed:  # an open lock cannot be deleted there
+        with suppress(OSError):
+            found.lock.unlink()
+            found.folder.rmdir()
+
+
+def _same_file(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def is_labels(folder: Path) -> bool:
+    """Return whether a folder is an OME-Zarr label image and may be replaced as one."""
+    for name in ("zarr.json", ".zattrs"):
+        with suppress(OSError, ValueError):
+            text = (folder / name).read_text(encoding="utf-8")
+            if '"image-label"' in text:
+                return True
+    return False
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _lock(descriptor: int) -> bool:
+        """Take the lock, which ends with the process."""
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        return True
+
+else:
+    import fcntl
+
+    def _lock(descriptor: int) -> bool:
+        """Take the lock, which ends with the process."""
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True
