@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dask.array
 import distributed
 import numpy as np
+import psutil
 import pytest
 import tifffile
 import zarr
@@ -21,6 +21,7 @@ from napari_unetpp.errors import ClusterError, ImageFileError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 # Sockets and event loops of distributed's, closed when its threads have ended.
 pytestmark = [
@@ -60,7 +61,8 @@ def two() -> Iterator[distributed.LocalCluster]:
         n_workers=2,
         threads_per_worker=1,
         host="127.0.0.1",
-        dashboard_address=None,
+        dashboard_address="127.0.0.1:0",
+        worker_dashboard_address="127.0.0.1:0",
     ) as processes:
         yield processes
 
@@ -115,15 +117,17 @@ def test_workers_of_our_own_listen_to_this_computer_alone(
     each = cluster.each
 
     def watched(client: Any, *rest: Any, **settings: Any) -> Any:
-        info = client.scheduler_info()
-        seen.extend([info["address"], *info["workers"]])
-        seen.append(len(info["workers"]))
+        ours = psutil.Process()
+        for process in (ours, *ours.children(recursive=True)):
+            for socket in process.net_connections():
+                if socket.status == psutil.CONN_LISTEN:
+                    seen.append((socket.laddr.ip, process.pid == ours.pid))
         return each(client, *rest, **settings)
 
     monkeypatch.setattr(cluster, "each", watched)
     out = api.predict_to_zarr(model, image, tmp_path / "o.zarr", tile=TILE, workers=1)
-    assert seen.pop() == 1
-    assert all(address.startswith("tcp://127.0.0.1:") for address in seen)
+    assert {address for address, _ in seen} == {"127.0.0.1"}
+    assert {own for _, own in seen} == {True, False}  # the scheduler and its worker
     expected = api.predict(model, picture(2, 180, 200), tile=TILE)
     np.testing.assert_array_equal(stored(out), expected)
 
@@ -150,14 +154,14 @@ def _die(_: bytes, item: int) -> int:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no kill -9")
-def test_what_kills_its_workers_fails_alone() -> None:
+def test_what_kills_its_workers_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "_FAILURES", 1)  # each costs the start of a worker
     with cluster.Wanted(workers=2).client() as client:
         found = dict(cluster.each(client, _die, None, range(6), keep_going=True))
         poison = found.pop(1)
         assert isinstance(poison, ClusterError)
         assert found == {n: 10 * n for n in (0, 2, 3, 4, 5)}
-        with pytest.raises(ClusterError, match="the same command goes on"):
-            list(cluster.each(client, _die, None, [1]))
+        assert "the same command goes on" in str(poison)
 
 
 def test_files_are_shared_and_a_damaged_one_fails_alone(
@@ -219,3 +223,18 @@ def test_a_scheduler_that_is_not_there(
         api.predict_to_zarr(
             model, image, tmp_path / "o.zarr", scheduler="tcp://127.0.0.1:9"
         )
+
+
+def test_workers_that_never_come_back_are_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cluster, "_LOOK", 0.2)
+    monkeypatch.setattr(cluster, "_TIMEOUT", 0.5)
+    with (
+        distributed.LocalCluster(
+            n_workers=0, host="127.0.0.1", dashboard_address="127.0.0.1:0"
+        ) as empty,
+        distributed.Client(empty.scheduler_address) as client,
+        pytest.raises(ClusterError, match="no worker is left"),
+    ):
+        list(cluster.each(client, _die, None, [0]))

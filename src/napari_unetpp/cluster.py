@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,8 +15,13 @@ from napari_unetpp.errors import ClusterError, UnetppError
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Sequence
 
-_RETRIES = 3  # how often a task may lose its worker
-_TIMEOUT = 30  # s until a scheduler has answered
+_FAILURES = 3  # how often a task may lose its worker
+_TIMEOUT = 30  # s until a scheduler must have answered, or a worker come back
+_LOOK = 5  # s after which it is asked whether there are workers
+_LOST = (
+    "Workers died again and again, or the scheduler was lost ({}). What is done is "
+    "kept: the same command goes on with it."
+)
 _LARGEST = 16 * 2**20  # bytes that describe the work to a worker
 
 
@@ -59,7 +66,7 @@ class Wanted:
         import distributed
 
         settings = {
-            "distributed.scheduler.allowed-failures": _RETRIES,
+            "distributed.scheduler.allowed-failures": _FAILURES,
             "distributed.comm.timeouts.connect": _TIMEOUT,
         }
         with dask.config.set(settings):
@@ -80,8 +87,10 @@ class Wanted:
                     n_workers=self.workers,
                     threads_per_worker=1,
                     host="127.0.0.1",
-                    dashboard_address=None,
+                    dashboard_address="127.0.0.1:0",
+                    worker_dashboard_address="127.0.0.1:0",
                     memory_limit=0,
+                    silence_logs=logging.CRITICAL,
                 ) as processes,
                 distributed.Client(processes) as client,
             ):
@@ -107,7 +116,7 @@ def each(
     job : object
         The same for all items.
     items : sequence
-        Few are with the workers at a time.
+        Each worker has one at a time.
     keep_going : bool, optional
         Whether an item whose workers died is yielded with a `ClusterError` instead of
         ending the work.
@@ -128,26 +137,49 @@ def each(
         )
     waiting = iter(items)
     running: dict[Any, Any] = {}
+    suspects = []
 
-    def submit() -> Any:
-        for item in waiting:
-            future = client.submit(work, blob, item, pure=False, retries=_RETRIES)
-            running[future] = item
-            return future
-        return None
+    def submit(left: Iterator[Any], most: int) -> None:
+        for item in itertools.islice(left, most):
+            running[client.submit(work, blob, item, pure=False)] = item
 
-    threads = max(1, sum(client.nthreads().values()))
-    first = [f for f in (submit() for _ in range(2 * threads)) if f is not None]
-    queue = distributed.as_completed(first)
+    submit(waiting, max(1, sum(client.nthreads().values())))
     try:
-        for future in queue:
-            item = running.pop(future)
+        while running:
+            for future in _first_done(client, running):
+                item = running.pop(future)
+                if isinstance(future.exception(), distributed.KilledWorker):
+                    suspects.append(item)
+                else:
+                    yield item, _outcome(future, keep_going)
+                submit(waiting, 1)
+        # What shared a worker with a task that kills was blamed too: once more, alone.
+        for item in suspects:
+            submit(iter([item]), 1)
+            (future,) = _first_done(client, running)
+            del running[future]
             yield item, _outcome(future, keep_going)
-            following = submit()
-            if following is not None:
-                queue.add(following)
     finally:
         client.cancel(list(running))
+
+
+def _first_done(client: Any, running: dict[Any, Any]) -> list[Any]:
+    """Wait until something has ended, but not for workers that never come back."""
+    import distributed
+
+    alone = 0
+    while alone < _TIMEOUT:
+        try:
+            ended = distributed.wait(list(running), _LOOK, "FIRST_COMPLETED").done
+        except distributed.CancelledError:
+            break
+        except distributed.TimeoutError:
+            alone = 0 if client.nthreads() else alone + _LOOK
+            if alone and client.cluster is not None:
+                client.cluster.scale(len(client.cluster.worker_spec) or 1)
+        else:
+            return list(ended)
+    raise ClusterError(_LOST.format("no worker is left"))
 
 
 def _outcome(future: Any, keep_going: bool) -> Any:
@@ -158,10 +190,7 @@ def _outcome(future: Any, keep_going: bool) -> Any:
     except UnetppError:
         raise
     except (distributed.KilledWorker, distributed.CancelledError, OSError) as error:
-        lost = ClusterError(
-            f"Workers died again and again, or the scheduler was lost: {error}. What "
-            "is done is kept: the same command goes on with it."
-        )
+        lost = ClusterError(_LOST.format(type(error).__name__))
         if keep_going:
             return lost
         raise lost from error
