@@ -261,6 +261,41 @@ def test_the_labels_are_those_of_predict(source: str, tmp_path: Path) -> None:
     assert zarr.open_array(out, path="0").chunks == (1, TILE, TILE)
 
 
+def test_channels_heads_and_a_lazy_image(tmp_path: Path) -> None:
+    image = np.stack([picture(150, 170, seed=s) for s in range(3)], -1)
+    tifffile.imwrite(tmp_path / "i.tif", image, tile=(32, 32), photometric="rgb")
+    model = model_of(3)
+    settings: dict[str, Any] = {"heads": "mean", "tile": TILE}
+    expected = api.predict(model, image, channel_axis=-1, **settings)
+    lazy = api.open_image(tmp_path / "i.tif")
+    found = api.predict(model, lazy, channel_axis=lazy.channel_axis, **settings)
+    np.testing.assert_array_equal(found, expected)
+    out = api.predict_to_zarr(model, lazy, tmp_path / "o.zarr", **settings)
+    np.testing.assert_array_equal(stored(out), expected)
+    assert [a.name for a in api.open_image(out).axes] == ["y", "x"]
+
+
+def test_a_full_disk_is_told_and_the_work_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, out = picture(200, 200), tmp_path / "o.zarr"
+    steps = api.predict_to_zarr_steps(model_of(), image, out, tile=TILE)
+    next(steps), next(steps)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(zarr.Array, "__setitem__", full)
+        with pytest.raises(SaveError, match="No space left"):
+            next(steps)
+    again = list(api.predict_to_zarr_steps(model_of(), image, out, tile=TILE))
+    assert [s.state for s in again].count("tile") == 15
+    np.testing.assert_array_equal(
+        stored(out), api.predict(model_of(), image, tile=TILE)
+    )
+
+
 @pytest.mark.parametrize("form", [2, 3])
 def test_the_pyramid_keeps_axes_and_scales(form: int, tmp_path: Path) -> None:
     image = picture(2, 1, 700, 1100)
@@ -353,9 +388,13 @@ def test_other_settings_do_not_mix(tmp_path: Path) -> None:
     next(steps), next(steps)
     steps.close()
     other = dataclasses.replace(model_of(), classes=("background", "nucleus"))
-    for model, tile, told in ((model_of(), 96, "chunk"), (other, TILE, "model")):
+    for model, pixels, tile, told in (
+        (model_of(), image, 96, "chunk"),
+        (other, image, TILE, "model"),
+        (model_of(), image // 2, TILE, "limits"),
+    ):
         with pytest.raises(SaveError, match=rf"something else \({told}\)"):
-            list(api.predict_to_zarr_steps(model, image, out, tile=tile))
+            list(api.predict_to_zarr_steps(model, pixels, out, tile=tile))
     begun = api.predict_to_zarr_steps(model_of(), image, out, tile=96, overwrite=True)
     assert next(begun).done == 0
     list(begun)
@@ -455,4 +494,6 @@ def test_wrong_arguments_are_told_before_any_work(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=told):
             api.predict_to_zarr_steps(model_of(), picture(9, 9, 9), out, **settings)
+    with pytest.raises(ValueError, match="at most 5 axes"):
+        api.predict_to_zarr_steps(model_of(), picture(2, 1, 1, 1, 9, 9), out)
     assert not list(tmp_path.iterdir())

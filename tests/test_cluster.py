@@ -90,6 +90,22 @@ def test_two_workers_label_as_one_process(
     assert sum(done.values()) == 2  # nobody's workers were ended
 
 
+def test_a_worker_takes_the_model_of_each_run(
+    model: api.Model, image: Path, two: distributed.LocalCluster, tmp_path: Path
+) -> None:
+    other = api.create_model("unet", classes=("a", "b"), width=4, levels=1, seed=3)
+    results = []
+    for each in (model, other):
+        out = api.predict_to_zarr(
+            each, image, tmp_path / "o.zarr", tile=TILE, overwrite=True,
+            scheduler=two.scheduler_address,
+        )  # fmt: skip
+        expected = api.predict(each, picture(2, 180, 200), tile=TILE)
+        np.testing.assert_array_equal(stored(out), expected)
+        results.append(expected)
+    assert (results[0] != results[1]).any()
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="has no kill -9")
 def test_a_worker_that_is_killed_changes_nothing(
     model: api.Model, image: Path, two: distributed.LocalCluster, tmp_path: Path

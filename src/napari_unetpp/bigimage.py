@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,8 +57,8 @@ class ZarrStep:
     state : {"started", "tile", "pyramid", "done"}
         What has just happened; "started" tells how much an earlier run has done.
     done, total : int
-        Pixels that are written, of all pixels of the labels; during "pyramid" those of
-        its levels.
+        Pixels that are written, of all pixels of the labels; during "pyramid" of its
+        smaller levels.
     slices : tuple of int and slice, or None
         In the state "tile": its place in the labels.
     labels : Path
@@ -83,26 +84,31 @@ class _Job:
     depth: int
     heads: Literal["last", "mean"]
     device: str | None
+    key: str  # no two runs have the same, so that no worker goes on with another model
 
 
 class _Tiles:
-    """The chunks of all planes, by number."""
+    """The chunks of all planes, by number, row by row; no list, which would grow."""
 
     def __init__(self, model: Model, planes: Planes, job: _Job) -> None:
         geometry = Geometry(model.network, job.depth, planes.shape)
-        tile = job.tile or default_tile(planes.shape)
-        self.side = geometry.round_up(tile)
-        self.cores = geometry.cores(tile)
-        self.planes = planes
+        self.side = geometry.round_up(job.tile or default_tile(planes.shape))
+        self._down, self._across = (-(-n // self.side) for n in planes.shape)
+        self._planes = planes
 
     def __len__(self) -> int:
-        return len(self.planes) * len(self.cores)
+        return len(self._planes) * self._down * self._across
 
     def __getitem__(self, number: int) -> tuple[int, Core, Place]:
-        plane, n = divmod(number, len(self.cores))
-        core = self.cores[n]
-        lead = self.planes.index(plane)
-        return plane, core, (*lead, slice(*core.rows), slice(*core.columns))
+        plane, row, column = np.unravel_index(
+            number, (len(self._planes), self._down, self._across)
+        )
+        rows, columns = (
+            (int(i) * self.side, min((int(i) + 1) * self.side, n))
+            for i, n in zip((row, column), self._planes.shape, strict=True)
+        )
+        lead = self._planes.index(int(plane))
+        return int(plane), Core(rows, columns), (*lead, slice(*rows), slice(*columns))
 
 
 class _Engine:
@@ -247,6 +253,11 @@ def predict_to_zarr_steps(
             f"got {planes.channels} (shape {tuple(opened.shape)}, "
             f"channel_axis={channel_axis})."
         )
+    if len(planes.leading) > 3:
+        raise ValueError(
+            "OME-Zarr has at most 5 axes, got labels of shape "
+            f"{(*planes.leading, *planes.shape)}. Predict a part of the image."
+        )
     resolve_device(device)
     shared = cluster.Wanted(workers, scheduler)
     source = _source(image, opened)
@@ -265,6 +276,7 @@ def predict_to_zarr_steps(
         depth=check_depth(model.network, depth),
         heads=heads,
         device=device,
+        key=secrets.token_hex(8),
     )
     return _steps(model, opened, job, target, overwrite, shared, stop)
 
@@ -336,9 +348,8 @@ def _steps(
 ) -> Generator[ZarrStep, None, None]:
     planes = Planes(image, channel_axis=job.channel_axis)
     tiles = _Tiles(model, planes, job)
-    shape = (*planes.leading, *planes.shape)
     with io.part(target) as part:
-        _begin(part, model, image, job, shape, tiles.side, overwrite)
+        _begin(part, model, image, job, planes, tiles.side, overwrite)
         part.sweep()
         labels = io.Labels(part.labels)
         # A power cut may have taken pixels that the manifest already tells of.
@@ -348,9 +359,9 @@ def _steps(
             if n < len(tiles) and labels.checksum(tiles[n][2]) == crc
         }
         pixels = sum(_pixels(tiles[n][1]) for n in done)
-        total = math.prod(shape)
+        total = math.prod((*planes.leading, *planes.shape))
         yield ZarrStep("started", pixels, total, part.labels)
-        todo = [n for n in range(len(tiles)) if n not in done]
+        todo = (n for n in range(len(tiles)) if n not in done)
         with contextlib.ExitStack() as stack:
             add = stack.enter_context(part.manifest(done))
             if shared:
@@ -368,10 +379,10 @@ def _steps(
                 yield ZarrStep("tile", pixels, total, part.labels, tiles[n][2])
                 if _asked(stop):
                     return
-        levels = 0
+        coarse = 0
         for count in labels.coarsen():
-            levels += count
-            yield ZarrStep("pyramid", levels, 0, part.labels)
+            coarse += count
+            yield ZarrStep("pyramid", coarse, labels.coarse, part.labels)
             if _asked(stop):
                 return
         part.finish()
@@ -391,7 +402,7 @@ def _begin(
     model: Model,
     image: Any,
     job: _Job,
-    shape: tuple[int, ...],
+    planes: Planes,
     chunk: int,
     overwrite: bool,
 ) -> None:
@@ -409,6 +420,8 @@ def _begin(
         "chunk": chunk,
         "depth": job.depth,
         "heads": job.heads,
+        # Tells images apart that have the same name.
+        "limits": model.preprocessing.limits(planes.plane(0)).tolist(),
     }
     old = part.plan()
     if old == plan and part.labels.is_dir():
@@ -424,7 +437,7 @@ def _begin(
     first = 1 if model.unlabelled == 0 else 0
     io.create_labels(
         part.labels,
-        shape,
+        (*planes.leading, *planes.shape),
         chunk,
         io.ordered(axes),
         dict(enumerate(model.classes, start=first)),

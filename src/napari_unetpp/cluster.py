@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from napari_unetpp import io
 from napari_unetpp.config import check_number
-from napari_unetpp.errors import ClusterError, UnetppError
+from napari_unetpp.errors import ClusterError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterable, Iterator
 
 _FAILURES = 3  # how often a task may lose its worker
 _TIMEOUT = 30  # s until a scheduler must have answered, or a worker come back
@@ -101,7 +101,7 @@ def each(
     client: Any,
     work: Callable[[bytes, Any], Any],
     job: Any,
-    items: Sequence[Any],
+    items: Iterable[Any],
     *,
     keep_going: bool = False,
 ) -> Generator[tuple[Any, Any], None, None]:
@@ -115,7 +115,7 @@ def each(
         Takes `job`, packed, and an item; pure, so that it can be done again.
     job : object
         The same for all items.
-    items : sequence
+    items : iterable
         Each worker has one at a time.
     keep_going : bool, optional
         Whether an item whose workers died is yielded with a `ClusterError` instead of
@@ -182,14 +182,17 @@ def _first_done(client: Any, running: dict[Any, Any]) -> list[Any]:
     raise ClusterError(_LOST.format("no worker is left"))
 
 
-def _outcome(future: Any, keep_going: bool) -> Any:
+def _lost() -> tuple[type[Exception], ...]:
     import distributed
+    from distributed.comm import CommClosedError
 
+    return distributed.KilledWorker, distributed.CancelledError, CommClosedError
+
+
+def _outcome(future: Any, keep_going: bool) -> Any:
     try:
         return future.result()
-    except UnetppError:
-        raise
-    except (distributed.KilledWorker, distributed.CancelledError, OSError) as error:
+    except _lost() as error:
         lost = ClusterError(_LOST.format(type(error).__name__))
         if keep_going:
             return lost

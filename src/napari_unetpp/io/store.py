@@ -36,6 +36,11 @@ class Labels:
     ----------
     folder : path
         As `create_labels` made it.
+
+    Attributes
+    ----------
+    coarse : int
+        Pixels of the smaller levels.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -46,10 +51,12 @@ class Labels:
                 zarr.open_array(folder, path=str(n), mode="r+")
                 for n in range(sum(f.name.isdecimal() for f in folder.iterdir()))
             ]
+        self._name = shown(folder.parent)
+        self.coarse = sum(level.size for level in self._levels[1:])
 
     def write(self, place: tuple[int | slice, ...], labels: NDArray[np.uint8]) -> int:
-        """Write a whole chunk and return its checksum."""
-        self._levels[0][place] = labels
+        """Write a whole chunk and return its checksum; SaveError if that fails."""
+        self._put(0, place, labels)
         return zlib.crc32(labels.tobytes())
 
     def checksum(self, place: tuple[int | slice, ...]) -> int:
@@ -59,9 +66,22 @@ class Labels:
         except (OSError, ValueError, RuntimeError):
             return -1
 
+    def _put(
+        self, level: int, place: tuple[int | slice, ...], labels: NDArray[np.uint8]
+    ) -> None:
+        try:
+            self._levels[level][place] = labels
+        except OSError as error:
+            raise SaveError(
+                f"A part of `{self._name}` was not written: {error.strerror or error}. "
+                "Make room, or see to the disk; the same command then goes on."
+            ) from error
+
     def coarsen(self) -> Iterator[int]:
         """Write the smaller levels, every second pixel; yield the pixels of chunks."""
-        for fine, coarse in zip(self._levels, self._levels[1:], strict=False):
+        for n, (fine, coarse) in enumerate(
+            zip(self._levels, self._levels[1:], strict=False), start=1
+        ):
             side = coarse.chunks[-1]
             *leading, height, width = coarse.shape
             for lead in np.ndindex(*leading):
@@ -73,7 +93,7 @@ class Labels:
                             slice(2 * x, 2 * (x + side)),
                         )
                         block = np.asarray(fine[(*lead, *there)])[::2, ::2]
-                        coarse[(*lead, *here)] = block
+                        self._put(n, (*lead, *here), block)
                         yield block.size
 
 
@@ -92,7 +112,7 @@ def create_labels(
     folder : path
         Must not exist.
     shape : tuple of int
-        (..., Y, X).
+        (..., Y, X), at most 5 axes.
     chunk : int
         Side of a chunk in Y and X.
     axes : tuple of Axis
@@ -103,11 +123,6 @@ def create_labels(
         Of OME-Zarr: "0.4" or "0.5".
     """
     zarr, yaozarrs = needed("zarr", "big"), needed("yaozarrs", "big")
-    if len(shape) > 5:
-        raise ValueError(
-            f"OME-Zarr has at most 5 axes, got labels of shape {shape}. Predict a part "
-            "of the image."
-        )
     shapes = [shape]
     while max(shapes[-1][-2:]) > _TOP:
         shapes.append((*shape[:-2], *(-(-n // 2) for n in shapes[-1][-2:])))
