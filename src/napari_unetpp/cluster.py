@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import signal
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -91,10 +92,16 @@ class Wanted:
                     worker_dashboard_address="127.0.0.1:0",
                     memory_limit=0,
                     silence_logs=logging.CRITICAL,
+                    preload=[__name__],
                 ) as processes,
                 distributed.Client(processes) as client,
             ):
                 yield client
+
+
+def dask_setup(_: Any) -> None:
+    """Leave Ctrl-C to the process that started a worker; called by its name."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def each(
