@@ -302,3 +302,9 @@ def test_what_napari_loads_at_its_start_brings_in_no_torch() -> None:
     loaded = loaded_by(PACKAGE, *quick)
     assert PACKAGE in loaded
     assert "torch" not in loaded
+
+
+def test_optional_packages_are_loaded_by_those_who_use_them() -> None:
+    loaded = loaded_by(f"{PACKAGE}.api", f"{PACKAGE}.cli.predicting")
+    assert "torch" in loaded
+    assert loaded & {"zarr", "yaozarrs", "distributed"} == set()

@@ -49,7 +49,10 @@ class Wanted:
                     "Pass `workers` or `scheduler`, not both: a scheduler has workers."
                 )
         if self:
-            io.needed("distributed", "cluster")
+            # Who imported it before sees its log as they like; others see our errors.
+            quiet = dict.fromkeys(("distributed", "distributed.client"), "critical")
+            with io.needed("dask", "cluster").config.set({"logging": quiet}):
+                io.needed("distributed", "cluster")
 
     def __bool__(self) -> bool:
         return self.workers is not None or self.scheduler is not None
