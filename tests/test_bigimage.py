@@ -297,19 +297,22 @@ def test_a_full_disk_is_told_and_the_work_goes_on(
 
 
 @pytest.mark.parametrize("form", [2, 3])
-def test_the_pyramid_keeps_axes_and_scales(form: int, tmp_path: Path) -> None:
-    image = picture(2, 1, 700, 1100)
+def test_the_pyramid_keeps_axes_and_scales(
+    form: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("napari_unetpp.io.store._TOP", 64)
+    image = picture(2, 1, 175, 249)
     path = to_ome(tmp_path / "a.zarr", image, axes_of("tcyx"), form)
-    out = api.predict_to_zarr(model_of(), path, tmp_path / "out.zarr", tile=256)
+    out = api.predict_to_zarr(model_of(), path, tmp_path / "out.zarr", tile=TILE)
     yaozarrs.validate_zarr_store(str(out))
     full = stored(out)
-    assert full.shape == (2, 700, 1100)
+    assert full.shape == (2, 175, 249)
     shapes = []
     for n in range(3):
         level = stored(out, n)
         np.testing.assert_array_equal(level, full[..., :: 2**n, :: 2**n])
         shapes.append(level.shape)
-    assert shapes == [(2, 700, 1100), (2, 350, 550), (2, 175, 275)]
+    assert shapes == [(2, 175, 249), (2, 88, 125), (2, 44, 63)]
     lazy = api.open_image(out)
     source = api.open_image(path).axes
     assert lazy.axes == (source[0], *source[2:])
@@ -429,6 +432,9 @@ def test_a_kill_between_the_last_renames(tmp_path: Path) -> None:
     part = tmp_path / "o.zarr.part"
     part.mkdir()
     (part / "manifest.txt").write_text("0 00000000\n")
+    with pytest.raises(SaveError, match="none of ours"):
+        api.predict_to_zarr(model_of(), image, out, overwrite=True)
+    (part / "lock").touch()
     again = api.predict_to_zarr(model_of(), image, out, overwrite=True)
     np.testing.assert_array_equal(stored(again), api.predict(model_of(), image))
     assert not part.exists()

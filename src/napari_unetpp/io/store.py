@@ -284,6 +284,15 @@ def part(target: Path) -> Iterator[Part]:
     """
     found = Part(target)
     name = shown(target)
+    if (
+        found.folder.exists()
+        and not found.lock.exists()
+        and any(found.folder.iterdir())
+    ):
+        raise SaveError(
+            f"The folder `{shown(found.folder)}` is none of ours. Rename it, or choose "
+            "another name."
+        )
     try:
         found.folder.mkdir(exist_ok=True)
         lock = open(found.lock, "a+b")
