@@ -6,7 +6,7 @@
 
 The images are photographs of scikit-image tiled to any size, each copy with its own
 grey values. `sizes` runs each size in a process of its own and asks the system for its
-peak memory, whose slope must not depend on the size. `kills` ends the command line with
+peak memory, which must not depend on the size. `kills` ends the command line with
 SIGKILL at random moments until it is done, `workers` shares the work between two
 processes and kills one; both compare with an undisturbed run, pixel by pixel.
 """
@@ -17,7 +17,6 @@ import argparse
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -52,6 +51,25 @@ def make_image(path: Path, megapixels: float, seed: int = 0) -> None:
             array[y : y + height, x : x + width] = scaled[:height, :width].astype("u1")
 
 
+def to_tiff(source: Path, path: Path) -> None:
+    """Write a Zarr image as a compressed, tiled TIFF."""
+    import tifffile
+    import zarr
+
+    array = zarr.open_array(source, mode="r")
+    height, width = array.shape
+    tifffile.imwrite(
+        path,
+        (
+            array[y : y + 512, x : x + 512]
+            for y in range(0, height, 512)
+            for x in range(0, width, 512)
+        ),
+        shape=array.shape, dtype=array.dtype, tile=(512, 512), compression="zlib",
+        photometric="minisblack",
+    )  # fmt: skip
+
+
 def make_model(path: Path, depth: int) -> None:
     """Learn a little, so that the labels are no constant."""
     from napari_unetpp import api, samples
@@ -64,6 +82,12 @@ def make_model(path: Path, depth: int) -> None:
     (model if depth == 4 else model.pruned(depth)).save(path, overwrite=True)
 
 
+def memory(key: str) -> float:
+    """Return a figure of this process that Linux keeps, in MB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(n.split()[1]) / 1024 for n in lines if n.startswith(key))
+
+
 def label_once(model: Path, image: Path, out: Path) -> None:
     """Label in this process; print what the system says it took."""
     from napari_unetpp import api
@@ -71,24 +95,29 @@ def label_once(model: Path, image: Path, out: Path) -> None:
     loaded = api.load_model(model)
     # What is needed for any image: the libraries, and a first tile.
     api.predict(loaded, np.random.default_rng(0).random((700, 700)), tile=512)
-    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    base = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     begun = time.perf_counter()
-    seen = {}
+    seen: dict[str, float] = {}
+    quarters = [0.0] * 4
     for step in api.predict_to_zarr_steps(loaded, image, out, overwrite=True):
         seen.setdefault(step.state, time.perf_counter() - begun)
-        total = step.total or step.done
+        if step.state == "tile":
+            now = min(3, 4 * step.done // step.total)
+            quarters[now] = max(quarters[now], memory("VmRSS"))
+        total = step.total
     seconds = time.perf_counter() - begun
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     tiles = seen.get("pyramid", seconds) - seen["started"]
-    print(
-        json.dumps(
-            {
-                "Mpx": total / 1e6, "base_MB": base, "peak_MB": peak,
-                "s": seconds, "s_per_Mpx": seconds / total * 1e6,
-                "tiles_s_per_Mpx": tiles / total * 1e6,
-            }
-        )
-    )  # fmt: skip
+    row = {
+        "Mpx": total / 1e6,
+        "base_MB": base,
+        "peak_MB": memory("VmHWM"),
+        "s_per_Mpx": seconds / total * 1e6,
+        "tiles_s_per_Mpx": tiles / total * 1e6,
+    }
+    # Between two tiles, the most in each quarter of the run.
+    row |= {f"rss_{n}": value for n, value in enumerate(quarters, start=1)}
+    print(json.dumps(row))
 
 
 def command(model: Path, image: Path, out: Path, *more: str) -> list[str]:
@@ -99,12 +128,15 @@ def command(model: Path, image: Path, out: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def sizes(folder: Path, model: Path, megapixels: list[float]) -> None:
+def sizes(folder: Path, model: Path, megapixels: list[float], tiff: bool) -> None:
     """Print memory and time for each size, and the slope of the memory."""
     rows = []
     for size in megapixels:
         image, out = folder / "image.zarr", folder / "labels.zarr"
         make_image(image, size)
+        if tiff:
+            image = folder / "image.tif"
+            to_tiff(folder / "image.zarr", image)
         call = [sys.executable, __file__, "once", "--paths", str(model), str(image),
                 str(out)]  # fmt: skip
         done = subprocess.run(call, check=True, capture_output=True, text=True)
@@ -195,6 +227,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where there is room")
     parser.add_argument("--megapixels", default="4")
     parser.add_argument("--depth", type=int, default=4)
+    parser.add_argument("--tiff", action="store_true", help="the image is a TIFF")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--paths", type=Path, nargs=3)
     options = parser.parse_args()
@@ -208,7 +241,7 @@ def main() -> None:
         model = folder / "model.safetensors"
         make_model(model, options.depth)
         if options.what == "sizes":
-            sizes(folder, model, megapixels)
+            sizes(folder, model, megapixels, options.tiff)
         elif options.what == "kills":
             kills(folder, model, options.kills, megapixels[0])
         else:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _SAMPLE = 1_000_000  # pixels that the percentiles are taken from
-_LARGE = 2**26  # px of a plane beyond which they are taken from squares of it, so that
+_LARGE = 2**24  # px of a plane beyond which they are taken from squares of it, so that
 # most of a file need not be read: _SIDE x _SIDE of them, each _SIDE pixels wide
 _SIDE = 32
 
@@ -32,7 +32,7 @@ class Preprocessing(Settings):
     Notes
     -----
     The percentiles come from the plane itself (from an even sample of a million pixels
-    where it is larger, from squares at fixed random places beyond 67 million), so a
+    where it is larger, from squares at fixed random places beyond 17 million), so a
     plane gives the same labels alone and in its stack.
     """
 
