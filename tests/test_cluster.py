@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -65,6 +66,13 @@ def two() -> Iterator[distributed.LocalCluster]:
         worker_dashboard_address="127.0.0.1:0",
     ) as processes:
         yield processes
+
+
+@pytest.fixture(autouse=True)
+def swept() -> Iterator[None]:
+    """Have what is left of sockets warn here, where it is ignored."""
+    yield
+    gc.collect()
 
 
 def stored(path: Path) -> np.ndarray:
@@ -230,6 +238,27 @@ def test_the_command_line(
     assert main([*command, "-o", str(out), "--overwrite", "--workers", "1"]) == 0
     np.testing.assert_array_equal(stored(out), expected)
     assert not (tmp_path / "o.zarr.part").exists()
+
+
+def test_files_by_the_command_line(
+    model: api.Model,
+    two: distributed.LocalCluster,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model.save(tmp_path / "m.safetensors")
+    (tmp_path / "images").mkdir()
+    for n in range(2):
+        tifffile.imwrite(tmp_path / "images" / f"{n}.tif", picture(90, 80, seed=n))
+    (tmp_path / "images" / "bad.png").write_bytes(b"no image")
+    command = ["predict", str(tmp_path / "m.safetensors"), str(tmp_path / "images")]
+    command += ["-o", str(tmp_path / "labels"), "--scheduler", two.scheduler_address]
+    assert main(command) == 3
+    told = capsys.readouterr()
+    assert "2 images labelled, 1 failed" in told.out
+    assert "bad.png" in told.err
+    found = io.read_labels(tmp_path / "labels" / "1.tif")
+    np.testing.assert_array_equal(found, api.predict(model, picture(90, 80, seed=1)))
 
 
 def test_a_scheduler_that_is_not_there(
