@@ -300,7 +300,7 @@ def test_a_full_disk_is_told_and_the_work_goes_on(
 def test_the_pyramid_keeps_axes_and_scales(
     form: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("napari_unetpp.io.store._TOP", 64)
+    monkeypatch.setattr("napari_unetpp.io.labels._TOP", 64)
     image = picture(2, 1, 175, 249)
     path = to_ome(tmp_path / "a.zarr", image, axes_of("tcyx"), form)
     out = api.predict_to_zarr(model_of(), path, tmp_path / "out.zarr", tile=TILE)
@@ -435,6 +435,9 @@ def test_a_kill_between_the_last_renames(tmp_path: Path) -> None:
     with pytest.raises(SaveError, match="none of ours"):
         api.predict_to_zarr(model_of(), image, out, overwrite=True)
     (part / "lock").touch()
+    with pytest.raises(SaveError, match="exists"):
+        api.predict_to_zarr(model_of(), image, out)
+    assert not part.exists()
     again = api.predict_to_zarr(model_of(), image, out, overwrite=True)
     np.testing.assert_array_equal(stored(again), api.predict(model_of(), image))
     assert not part.exists()

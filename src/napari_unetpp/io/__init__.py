@@ -18,15 +18,9 @@ from napari_unetpp.io.images import (
     write_labels,
     write_png,
 )
+from napari_unetpp.io.labels import Labels, create_labels, is_labels, ordered
 from napari_unetpp.io.lazy import Axis, LazyImage, needed, open_image, plain_axes
-from napari_unetpp.io.store import (
-    Labels,
-    Part,
-    create_labels,
-    is_labels,
-    ordered,
-    part,
-)
+from napari_unetpp.io.unfinished import Part, part
 
 __all__ = [
     "SUFFIXES",

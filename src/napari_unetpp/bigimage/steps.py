@@ -1,4 +1,4 @@
-"""One image larger than memory: predicted by chunks into an OME-Zarr label image."""
+"""One image larger than memory: what is done is kept, the rest done step by step."""
 
 from __future__ import annotations
 
@@ -8,37 +8,25 @@ import json
 import math
 import os
 import secrets
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
-import torch
 
 from napari_unetpp import __version__, cluster, io
+from napari_unetpp.bigimage.engine import Engine, Job, Place, Tiles, is_path, work
 from napari_unetpp.config import PredictConfig
-from napari_unetpp.device import is_out_of_memory, resolve_device
+from napari_unetpp.device import resolve_device
 from napari_unetpp.errors import SaveError
-from napari_unetpp.model import Model, check_depth, load_model
-from napari_unetpp.predict import (
-    Core,
-    Geometry,
-    PlanePredictor,
-    default_tile,
-    smaller_parts,
-    working_copy,
-)
+from napari_unetpp.model import Model, check_depth
 from napari_unetpp.preprocess import Planes
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-    from numpy.typing import NDArray
-
     from napari_unetpp.io import Part
-
-Place = tuple[int | slice, ...]
+    from napari_unetpp.predict import Core
 
 
 class Stop(Protocol):
@@ -70,117 +58,6 @@ class ZarrStep:
     total: int
     labels: Path
     slices: Place | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class _Job:
-    """What every tile needs to know; travels to the workers."""
-
-    labels: Path
-    model: Path
-    image: Any  # a path, or an array
-    channel_axis: int | None
-    tile: int | None
-    depth: int
-    heads: Literal["last", "mean"]
-    device: str | None
-    key: str  # no two runs have the same, so that no worker goes on with another model
-
-
-class _Tiles:
-    """The chunks of all planes, by number, row by row; no list, which would grow."""
-
-    def __init__(self, model: Model, planes: Planes, job: _Job) -> None:
-        geometry = Geometry(model.network, job.depth, planes.shape)
-        self.side = geometry.round_up(job.tile or default_tile(planes.shape))
-        self._down, self._across = (-(-n // self.side) for n in planes.shape)
-        self._planes = planes
-
-    def __len__(self) -> int:
-        return len(self._planes) * self._down * self._across
-
-    def __getitem__(self, number: int) -> tuple[int, Core, Place]:
-        plane, row, column = np.unravel_index(
-            number, (len(self._planes), self._down, self._across)
-        )
-        rows, columns = (
-            (int(i) * self.side, min((int(i) + 1) * self.side, n))
-            for i, n in zip((row, column), self._planes.shape, strict=True)
-        )
-        lead = self._planes.index(int(plane))
-        return int(plane), Core(rows, columns), (*lead, slice(*rows), slice(*columns))
-
-
-class _Engine:
-    """Predicts and writes any tile; in each process there is one."""
-
-    def __init__(self, job: _Job, model: Model, image: Any) -> None:
-        self._job, self._model = job, model
-        self._planes = Planes(image, channel_axis=job.channel_axis)
-        self._tiles = _Tiles(model, self._planes, job)
-        self._network = working_copy(model.network, resolve_device(job.device))
-        self._geometry = Geometry(self._network, job.depth, self._planes.shape)
-        self._labels = io.Labels(job.labels)
-        self._plane: tuple[int, PlanePredictor] | None = None
-
-    def write(self, number: int) -> int:
-        """Predict a tile, write its chunk, and return the checksum."""
-        plane, core, place = self._tiles[number]
-        if self._plane is None or self._plane[0] != plane:
-            job = self._job
-            predictor = PlanePredictor(
-                self._network,
-                self._planes.plane(plane),
-                self._model.preprocessing,
-                depth=job.depth,
-                all_heads=job.heads == "mean",
-                tile=job.tile,
-            )
-            self._plane = plane, predictor
-        return self._labels.write(place, self._predicted(self._plane[1], core))
-
-    def _predicted(self, plane: PlanePredictor, core: Core) -> NDArray[np.uint8]:
-        """Return the labels of a core, in smaller parts where memory is short."""
-        labels = np.zeros([stop - start for start, stop in core], np.uint8)
-        shift = 1 if self._model.unlabelled == 0 else 0
-        queue = [core]
-        while queue:
-            part = queue.pop()
-            try:
-                found = plane.probabilities(part).cpu()
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                queue += smaller_parts(self._geometry, part)
-                continue
-            here = tuple(
-                slice(a - start, b - start)
-                for (a, b), (start, _) in zip(part, core, strict=True)
-            )
-            labels[here] = (found.argmax(0) + shift).to(torch.uint8).numpy()
-        return labels
-
-
-_engine: tuple[bytes, _Engine] | None = None
-_one_at_a_time = threading.Lock()
-
-
-def _work(blob: bytes, number: int) -> int:
-    """Predict and write a tile in a worker, which keeps the model between two."""
-    global _engine
-    with _one_at_a_time, cluster.alone():
-        if _engine is None or _engine[0] != blob:
-            job = cluster.unpacked(blob)
-            image = io.open_image(job.image) if _is_path(job.image) else job.image
-            _engine = blob, _Engine(job, load_model(job.model), image)
-        return _engine[1].write(number)
-
-
-def _is_path(image: Any) -> bool:
-    return isinstance(image, (str, os.PathLike))
-
-
-# --- the public pair -------------------------------------------------------------
 
 
 def predict_to_zarr_steps(
@@ -243,7 +120,7 @@ def predict_to_zarr_steps(
     """
     PredictConfig(tile, depth, heads)
     target = _checked_target(path, image, overwrite)
-    opened = io.open_image(image) if _is_path(image) else image
+    opened = io.open_image(image) if is_path(image) else image
     if channel_axis is None:
         channel_axis = getattr(opened, "channel_axis", None)
     planes = Planes(opened, channel_axis=channel_axis)
@@ -267,7 +144,7 @@ def predict_to_zarr_steps(
             "array, got one in memory. Save it, or leave out `workers`."
         )
     part = io.Part(target)
-    job = _Job(
+    job = Job(
         labels=part.labels.absolute(),
         model=part.model.absolute(),
         image=source,
@@ -304,7 +181,7 @@ def predict_to_zarr(
 
 def _source(image: Any, opened: Any) -> Any:
     """Return what a worker opens: a path where there is one."""
-    if _is_path(image):
+    if is_path(image):
         return Path(image).absolute()
     return opened.path.absolute() if isinstance(opened, io.LazyImage) else opened
 
@@ -317,7 +194,7 @@ def _checked_target(path: Any, image: Any, overwrite: bool) -> Path:
     if not target.absolute().parent.is_dir():
         raise SaveError(f"There is no folder for `{name}`. Create it first.")
     image = getattr(image, "path", image)
-    if _is_path(image):
+    if is_path(image):
         mine, other = (Path(os.path.realpath(p)) for p in (target, image))
         if mine == other or other in mine.parents or mine in other.parents:
             raise ValueError(
@@ -325,6 +202,7 @@ def _checked_target(path: Any, image: Any, overwrite: bool) -> Path:
                 "Choose another name for the labels."
             )
     if os.path.lexists(target):
+        _tidy(target)
         if not overwrite:
             raise SaveError(
                 f"`{name}` exists. Choose another name or pass overwrite=True."
@@ -337,17 +215,26 @@ def _checked_target(path: Any, image: Any, overwrite: bool) -> Path:
     return target
 
 
+def _tidy(target: Path) -> None:
+    """Delete what a kill on the last steps has left beside complete labels."""
+    part = io.Part(target)
+    if part.lock.exists() and not part.labels.exists():
+        with contextlib.suppress(SaveError), io.part(target) as part:
+            if not part.labels.exists():
+                part.close()
+
+
 def _steps(
     model: Model,
     image: Any,
-    job: _Job,
+    job: Job,
     target: Path,
     overwrite: bool,
     shared: cluster.Wanted,
     stop: Stop | None,
 ) -> Generator[ZarrStep, None, None]:
     planes = Planes(image, channel_axis=job.channel_axis)
-    tiles = _Tiles(model, planes, job)
+    tiles = Tiles(model, planes, job)
     with io.part(target) as part:
         _begin(part, model, image, job, planes, tiles.side, overwrite)
         part.sweep()
@@ -366,9 +253,9 @@ def _steps(
             add = stack.enter_context(part.manifest(done))
             if shared:
                 client = stack.enter_context(shared.client())
-                finished = cluster.each(client, _work, job, todo)
+                finished = cluster.each(client, work, job, todo)
             else:
-                engine = _Engine(job, model, image)
+                engine = Engine(job, model, image)
                 finished = ((n, engine.write(n)) for n in todo)
             stack.callback(finished.close)
             if _asked(stop):
@@ -401,7 +288,7 @@ def _begin(
     part: Part,
     model: Model,
     image: Any,
-    job: _Job,
+    job: Job,
     planes: Planes,
     chunk: int,
     overwrite: bool,
@@ -413,7 +300,7 @@ def _begin(
     plan = {
         "version": __version__,
         "model": _digest(model),
-        "image": str(job.image) if _is_path(job.image) else "array",
+        "image": str(job.image) if is_path(job.image) else "array",
         "shape": list(image.shape),
         "dtype": str(image.dtype),
         "channel_axis": job.channel_axis,
