@@ -60,8 +60,11 @@ TABLE = {
     "script": "io errors",
     "recovery": "checkpoint io errors",
     "samples": "errors",
-    "batch": "predict model io preprocess config errors",
-    "api": "+live +batch evaluate pretrained isbi presets experiment samples io",
+    "cluster": "io config errors",
+    "bigimage": "cluster predict model device preprocess io config errors",
+    "batch": "cluster predict model io preprocess config errors",
+    "api": "+live +batch bigimage evaluate pretrained isbi presets experiment samples"
+    " io",
     "cli": "api batch checkpoint evaluate experiment folders presets io samples config"
     " errors",
     "_sample_data": "samples",
@@ -78,8 +81,8 @@ KNOWS_NAPARI = {"_widgets", "_sample_data"}
 WITHOUT_TORCH = {
     "__init__", "errors", "config", "messages", "sampling", "evaluate", "modelfile",
     "checkpoint", "recovery",
-    "samples", "batch", "script", "_sample_data", "isbi", "presets", "folders",
-    "pictures", "report", "record", "experiment",
+    "samples", "batch", "cluster", "script", "_sample_data", "isbi", "presets",
+    "folders", "pictures", "report", "record", "experiment",
 }  # fmt: skip
 
 
@@ -311,3 +314,9 @@ def test_what_napari_loads_at_its_start_brings_in_no_torch() -> None:
     loaded = loaded_by(PACKAGE, *quick)
     assert PACKAGE in loaded
     assert "torch" not in loaded
+
+
+def test_optional_packages_are_loaded_by_those_who_use_them() -> None:
+    loaded = loaded_by(f"{PACKAGE}.api", f"{PACKAGE}.cli.predicting")
+    assert "torch" in loaded
+    assert loaded & {"zarr", "yaozarrs", "distributed"} == set()

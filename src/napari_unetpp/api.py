@@ -1,6 +1,7 @@
 """The public names: everything a script needs, nothing else."""
 
 from napari_unetpp.batch import BatchStep, Target, plan_files, predict_files
+from napari_unetpp.bigimage import ZarrStep, predict_to_zarr, predict_to_zarr_steps
 from napari_unetpp.config import (
     NETWORKS,
     NetConfig,
@@ -9,8 +10,10 @@ from napari_unetpp.config import (
     published_config,
 )
 from napari_unetpp.errors import (
+    ClusterError,
     DeviceMemoryError,
     ImageFileError,
+    MissingPackageError,
     ModelFileError,
     SaveError,
     TrainingError,
@@ -18,6 +21,7 @@ from napari_unetpp.errors import (
 )
 from napari_unetpp.evaluate import Evaluation, evaluate
 from napari_unetpp.experiment import Part, Plan, run_steps
+from napari_unetpp.io import Axis, LazyImage, open_image
 from napari_unetpp.isbi import pixel_error, rand_error, warping_error
 from napari_unetpp.model import Model, TrainStep, create_model, load_model
 from napari_unetpp.predict import Tile, predict, predict_proba, predict_tiles
@@ -29,10 +33,14 @@ from napari_unetpp.train import train, train_steps
 __all__ = [
     "NETWORKS",
     "PRESETS",
+    "Axis",
     "BatchStep",
+    "ClusterError",
     "DeviceMemoryError",
     "Evaluation",
     "ImageFileError",
+    "LazyImage",
+    "MissingPackageError",
     "Model",
     "ModelFileError",
     "NetConfig",
@@ -48,16 +56,20 @@ __all__ = [
     "TrainStep",
     "TrainingError",
     "UnetppError",
+    "ZarrStep",
     "create_model",
     "evaluate",
     "load_model",
     "load_trunk",
+    "open_image",
     "pixel_error",
     "plan_files",
     "predict",
     "predict_files",
     "predict_proba",
     "predict_tiles",
+    "predict_to_zarr",
+    "predict_to_zarr_steps",
     "preset",
     "published_config",
     "rand_error",

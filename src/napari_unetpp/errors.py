@@ -31,3 +31,11 @@ class DeviceMemoryError(UnetppError):
 
 class TrainingError(UnetppError):
     """Training cannot go on, for example because the loss is not finite."""
+
+
+class MissingPackageError(UnetppError):
+    """A package is not installed that only some of the work needs."""
+
+
+class ClusterError(UnetppError):
+    """The workers or the scheduler of a cluster were lost."""

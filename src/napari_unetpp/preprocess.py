@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _SAMPLE = 1_000_000  # pixels that the percentiles are taken from
+_LARGE = 2**24  # px of a plane beyond which they are taken from squares of it, so that
+# most of a file need not be read: _SIDE x _SIDE of them, each _SIDE pixels wide
+_SIDE = 32
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ class Preprocessing(Settings):
     Notes
     -----
     The percentiles come from the plane itself (from an even sample of a million pixels
-    where it is larger), so a plane gives the same labels alone and in its stack.
+    where it is larger, from squares at fixed random places beyond 17 million), so a
+    plane gives the same labels alone and in its stack.
     """
 
     low: float = 1.0
@@ -66,8 +70,7 @@ class Preprocessing(Settings):
         ValueError
             If the sample holds a value that is not finite.
         """
-        step = max(1, int(np.ceil(np.sqrt(plane.shape[1] * plane.shape[2] / _SAMPLE))))
-        sample = _as_float(np.asarray(plane[:, ::step, ::step]))
+        sample = _as_float(_sample(plane))
         sample = sample.reshape(len(sample), -1)
         _check_finite(sample, name)
         limits: NDArray[np.float64] = np.percentile(
@@ -97,6 +100,33 @@ class Preprocessing(Settings):
         values *= scale.astype(values.dtype)
         np.clip(values, self.clip_low, self.clip_high, out=values)
         return values.astype(np.float32, copy=False)
+
+
+def _sample(plane: Plane | NDArray[Any]) -> NDArray[Any]:
+    """Return about a million pixels (C, ...) of a plane, the same ones every time."""
+    height, width = plane.shape[1:]
+    if height * width <= _LARGE:
+        step = max(1, int(np.ceil(np.sqrt(height * width / _SAMPLE))))
+        return np.asarray(plane[:, ::step, ::step])
+    rng = np.random.default_rng(0)
+    y, x = (
+        np.linspace(0, n, _SIDE, endpoint=False)
+        + rng.uniform(0, n / _SIDE, (_SIDE, _SIDE))
+        for n in (height, width)
+    )
+    squares = [
+        np.asarray(plane[:, top : top + _SIDE, left : left + _SIDE])
+        for top, left in zip(_corners(y.T, height), _corners(x, width), strict=True)
+    ]
+    return np.concatenate([s.reshape(len(s), -1) for s in squares], axis=1)
+
+
+def _corners(places: NDArray[np.float64], n: int) -> list[int]:
+    """Return where squares start, within one piece of most files and the plane."""
+    last = max(0, n // _SIDE - 1) * _SIDE
+    starts = np.minimum(places.astype(np.int64) // _SIDE * _SIDE, last)
+    found: list[int] = starts.ravel().tolist()
+    return found
 
 
 def _as_float(pixels: NDArray[Any]) -> NDArray[Any]:

@@ -10,7 +10,8 @@ from napari_unetpp.batch.files import (
     plan_files,
     read_picture,
 )
-from napari_unetpp.batch.run import BatchStep, predict_files
+from napari_unetpp.batch.run import predict_files
+from napari_unetpp.batch.steps import BatchStep
 
 __all__ = [
     "BatchStep",

@@ -7,11 +7,11 @@ import dataclasses
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from napari_unetpp import io
+from napari_unetpp import cluster, io
 from napari_unetpp.batch.files import (
     REPLACE,
     check_targets,
@@ -19,6 +19,8 @@ from napari_unetpp.batch.files import (
     read_picture,
     write_probabilities,
 )
+from napari_unetpp.batch.shared import model_of, shared_steps
+from napari_unetpp.batch.steps import BatchStep, Stop
 from napari_unetpp.errors import DeviceMemoryError, ImageFileError, SaveError
 
 if TYPE_CHECKING:
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
 
     from napari_unetpp.batch.files import Target
     from napari_unetpp.model import Model
-    from napari_unetpp.predict import Tile
 
 _log = logging.getLogger("napari_unetpp")
 
@@ -42,49 +43,6 @@ _BAD_IMAGE = (
     MemoryError,
     RuntimeError,
 )
-
-
-class Stop(Protocol):
-    """What is asked whether to end, for example a `threading.Event`."""
-
-    def is_set(self) -> bool:
-        """Return whether to end."""
-
-
-@dataclass(frozen=True, eq=False)
-class BatchStep:
-    """How far `predict_files` has come.
-
-    Attributes
-    ----------
-    state : {"started", "tile", "done", "skipped", "failed"}
-        What has just happened to `target`; the last three end it.
-    number, count : int
-        `target` is number `number` (from 1) of `count`.
-    target : Target
-        The image.
-    shape : tuple of int
-        Shape of its labels, known from the first tile on.
-    plane, planes : int
-        The plane of `tile` (from 1) of all its planes.
-    pixels : int
-        Pixels labelled so far, of those of `shape`.
-    tile : Tile or None
-        The labels of a part, in the state "tile".
-    error : Exception or None
-        In the state "failed": why, as an exception without its traceback.
-    """
-
-    state: Literal["started", "tile", "done", "skipped", "failed"]
-    number: int
-    count: int
-    target: Target
-    shape: tuple[int, ...] = ()
-    plane: int = 0
-    planes: int = 0
-    pixels: int = 0
-    tile: Tile | None = None
-    error: Exception | None = None
 
 
 def predict_files(
@@ -101,6 +59,8 @@ def predict_files(
     keep: Iterable[str | os.PathLike[str]] = (),
     remedy: str = REPLACE,
     stop: Stop | None = None,
+    workers: int | None = None,
+    scheduler: str | None = None,
 ) -> Iterator[BatchStep]:
     """Label many images, one after another; one that fails leaves the others be.
 
@@ -125,12 +85,18 @@ def predict_files(
         What the message advises where an output exists.
     stop : object with ``is_set()``, optional
         Asked before each layer of the network; the image in work is given up.
+    workers : int or None, optional
+        Number of processes on this computer that share the image files.
+    scheduler : str or None, optional
+        Address of a running dask scheduler, whose workers share them; files must have
+        the same names on all computers.
 
     Yields
     ------
     step : BatchStep
         For each image "skipped", or "started", "tile" for each of its tiles, and
-        "done" or "failed". After a `SaveError` no other image is tried.
+        "done" or "failed". After a `SaveError` no other image is tried. With workers
+        there are no tiles, and images end in any order.
 
     Raises
     ------
@@ -149,10 +115,25 @@ def predict_files(
     # Tried on nothing, so that no image fails by the options.
     nothing = np.zeros((model.config.in_channels, 1, 1), np.uint8)
     predict_tiles(model, nothing, channel_axis=0, **options)  # type: ignore[arg-type]
+    shared = cluster.Wanted(workers, scheduler)
+    if shared:
+        options |= {"channel_axis": channel_axis, "overwrite": replace}
+        return shared_steps(
+            model, targets, options, skip_existing, shared, stop, _in_worker
+        )
     if stop is not None:
         model = _stoppable(model, stop)
     job = _Job(model, options, channel_axis, replace, stop)
     return job.steps(targets, skip_existing)
+
+
+def _in_worker(blob: bytes, item: tuple[int, Target]) -> Exception | None:
+    """Label an image in a worker; return what went wrong."""
+    job = cluster.unpacked(blob)
+    # A worker that died may have written the labels before.
+    options = job.options | {"overwrite": True}
+    steps = predict_files(model_of(job.model), [item[1]], **options)
+    return [step.error for step in steps][-1]
 
 
 class _Stopped(Exception):

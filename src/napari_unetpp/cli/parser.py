@@ -251,7 +251,8 @@ def _predict(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "-o", "--out", type=Path, required=True, metavar="OUT",
         help="folder for the labels, NAME.tif for each image; for a single image also "
-        "the name of a .tif file",
+        "the name of a .tif file, or of a .zarr folder: then the image (Zarr, TIFF) "
+        "may be larger than the memory, and the same command goes on after a kill",
     )  # fmt: skip
     command.add_argument(
         "--depth", type=int, metavar="N",
@@ -269,6 +270,15 @@ def _predict(command: argparse.ArgumentParser) -> None:
         help="axis of the channels, such as -1 or 0 (default: as the file says)",
     )  # fmt: skip
     _add_device(command)
+    shared = command.add_mutually_exclusive_group()
+    shared.add_argument(
+        "--workers", type=int, metavar="N",
+        help="processes on this computer that share the work",
+    )  # fmt: skip
+    shared.add_argument(
+        "--scheduler", metavar="ADDRESS",
+        help="a dask scheduler, such as tcp://10.0.0.7:8786, whose workers share it",
+    )  # fmt: skip
     command.add_argument(
         "--probabilities", action="store_true",
         help="also write NAME_probabilities.tif, a channel per class",

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from napari_unetpp import batch
+from napari_unetpp import batch, io
 from napari_unetpp.cli.console import (
     REPLACE,
     Console,
@@ -34,6 +34,14 @@ class _Tally:
 
 def predict(options: Namespace, console: Console) -> int:
     """Label every image and tell at the end which ones failed."""
+    if options.out.suffix.lower() == ".zarr":
+        return _one_large(options, console)
+    for path in options.images:
+        if path.is_dir() and path.suffix.lower() == ".zarr":
+            raise ValueError(
+                f"`{io.shown(path)}` is a Zarr image. Its labels are one, too: pass "
+                "--out NAME.zarr, and one image at a time."
+            )
     targets = batch.plan_files(
         options.images, options.out, probabilities=options.probabilities
     )
@@ -53,6 +61,8 @@ def predict(options: Namespace, console: Console) -> int:
         overwrite=options.overwrite,
         skip_existing=options.skip_existing,
         keep=keep,
+        workers=options.workers,
+        scheduler=options.scheduler,
     )
     tally = _Tally()
     stopped = False
@@ -67,6 +77,52 @@ def predict(options: Namespace, console: Console) -> int:
         raise tally.failed[0][1]
     code = _report(console, tally)
     return 130 if stopped else code
+
+
+def _one_large(options: Namespace, console: Console) -> int:
+    """Label one image of any size into a Zarr folder."""
+    if len(options.images) != 1 or options.probabilities or options.skip_existing:
+        raise ValueError(
+            f"`{io.shown(options.out)}` is for the labels of one image, without "
+            "--probabilities and --skip-existing. Pass a folder as --out."
+        )
+    from napari_unetpp import api
+
+    (image,) = options.images
+    steps = api.predict_to_zarr_steps(
+        api.load_model(options.model),
+        image,
+        options.out,
+        depth=options.depth,
+        heads=options.heads,
+        channel_axis=options.channel_axis,
+        tile=options.tile,
+        device=options.device,
+        overwrite=options.overwrite,
+        workers=options.workers,
+        scheduler=options.scheduler,
+    )
+    bar: Any = None
+    try:
+        for step in steps:
+            if step.state == "started":
+                if step.done:
+                    share = f"{step.done:,} of {step.total:,} pixels"
+                    console.note(f"going on: {share} were labelled before")
+                bar = console.bar(step.total, "pixels", io.shown(image))
+            if step.state in ("started", "tile"):
+                bar.update(step.done - bar.n)
+            labels = step.labels
+    except KeyboardInterrupt:
+        console.tell("stopped by Ctrl-C; the same command goes on with what is done.")
+        return 130
+    finally:
+        steps.close()
+        if bar is not None:
+            bar.close()
+    lines = [f"{io.shown(image)} -> {plain(labels)}"]
+    console.result({"written": [str(labels)], "skipped": [], "failed": []}, lines)
+    return 0
 
 
 def _follow(console: Console, steps: Iterator[BatchStep], tally: _Tally) -> None:

@@ -18,14 +18,28 @@ from napari_unetpp.io.images import (
     write_labels,
     write_png,
 )
+from napari_unetpp.io.labels import Labels, create_labels, is_labels, ordered
+from napari_unetpp.io.lazy import Axis, LazyImage, needed, open_image, plain_axes
+from napari_unetpp.io.unfinished import Part, part
 
 __all__ = [
     "SUFFIXES",
+    "Axis",
+    "Labels",
+    "LazyImage",
+    "Part",
     "Probe",
     "atomic_write",
+    "create_labels",
+    "is_labels",
     "list_images",
+    "needed",
+    "open_image",
     "opened",
+    "ordered",
     "pair_by_stem",
+    "part",
+    "plain_axes",
     "probe",
     "read_image",
     "read_labels",
