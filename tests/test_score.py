@@ -10,6 +10,7 @@ import torch
 from scipy import ndimage
 
 from napari_unetpp.heldout import HeldOut
+from napari_unetpp.networks.blocks import GroupNorm
 from napari_unetpp.score import (
     _BEYOND,
     _TEMPERATURES,
@@ -160,8 +161,13 @@ class Oracle:
     def eval(self) -> Oracle:
         return self
 
-    def __call__(self, window: torch.Tensor) -> Iterator[torch.Tensor]:
-        return iter([-window, window])
+    def modules(self) -> Iterator[torch.nn.Module]:
+        return iter(())
+
+    def __call__(
+        self, windows: torch.Tensor, _depth: int | None = None
+    ) -> list[torch.Tensor]:
+        return [-windows, windows]
 
 
 def scene(
@@ -213,6 +219,34 @@ def test_a_network_that_is_right_is_believed_more_than_one_that_is_wrong() -> No
     found = own.measure(Oracle(), (0.0, 0.0))
     assert found[2].mean > 0.6
     assert found[1].mean == 0
+
+
+class Normed(torch.nn.Module):
+    """A group norm and nothing else, which notes whether its statistics are held."""
+
+    depths = (1,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = GroupNorm(2)
+        self.held: list[bool] = []
+
+    def forward(
+        self, windows: torch.Tensor, _depth: int | None = None
+    ) -> list[torch.Tensor]:
+        self.held.append(self.norm.measuring or self.norm.fixed is not None)
+        return [self.norm(windows)]
+
+
+def test_norms_are_those_of_the_image_as_in_prediction() -> None:
+    images, _, scoring = scene()
+    network = Normed()
+    own = Scorer(images, scoring, BOTH, side=32, margin=0, seed=1)
+    found = own.measure(network, (0.0, 0.0))[1]
+    assert all(network.held)
+    assert network.norm.fixed is None
+    assert 2 < len(network.held) <= len(own._held) + len(images)
+    assert np.isfinite(found.mean)
 
 
 def test_the_score_is_of_the_model_that_the_user_gets() -> None:

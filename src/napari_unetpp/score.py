@@ -15,9 +15,10 @@ from napari_unetpp.augment import cut_windows
 from napari_unetpp.config import check_number
 from napari_unetpp.device import autocast
 from napari_unetpp.heldout import BLOCK
+from napari_unetpp.networks.blocks import measure_norms, release_norms
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 MIN_PIXELS = 10  # of every class: fewer are less than a dab of the thinnest brush
 MIN_BLOCKS = 3  # in all: of fewer, a bootstrap has nothing to draw from
 _HELD = 10  # windows with held-out pixels (two per class if those are more)
-_WHOLE = 6  # windows anywhere in the annotated images
+_WHOLE = 6  # windows anywhere in the annotated images, and of each at least
+_EACH, _MOST = 3, 12  # so many, which are not more than that in all
 _CELL = 4  # px; side of the cells in which borders are blurred
 _BORDER = 3.0  # px; how far strokes leave open where a border lies
 _BEYOND = 0.1  # standard deviation of what neither strokes nor windows can tell
@@ -298,9 +300,10 @@ class Scorer:
         """Place windows evenly over the images' area."""
         sizes = np.array([image[0].numel() for image in self._images], float)
         ends = np.cumsum(sizes) / sizes.sum()
+        whole = min(_MOST, max(_WHOLE, _EACH * len(sizes)))
         places = []
-        for k in range(_WHOLE):
-            i = int(np.searchsorted(ends, (k + rng.random()) / _WHOLE))
+        for k in range(whole):
+            i = int(np.searchsorted(ends, (k + rng.random()) / whole))
             y, x = (
                 int(
                     rng.integers(
@@ -330,35 +333,53 @@ class Scorer:
         if not self.enough:
             return {}
         network.eval()
-        look = partial(self._logits, network, prior, half)
         k, t = len(self._painted), len(_TEMPERATURES)
         found = {
             depth: Counts(
                 np.zeros((self._blocks, k)),
                 np.zeros((self._blocks, k)),
                 np.zeros((self._blocks, k, t)),
-                np.zeros((_WHOLE, t, k, k)),
+                np.zeros((len(self._places), t, k, k)),
             )
             for depth in network.depths
         }
-        for window in self._held:
-            heads = look(window.image, window.centre)
-            for counts, logits in zip(found.values(), heads, strict=True):
-                there = window.block, window.truth
-                held = logits[:, window.rows, window.columns]
-                right, sure = _beliefs(held, window.truth)
-                np.add.at(counts.pixels, there, 1)
-                np.add.at(counts.right, there, right)
-                np.add.at(counts.sure, there, sure)
-        for n, (image, centre) in enumerate(self._places):
-            heads = look(image, centre)
-            inside = self._inside(image, centre, heads[0])
-            for counts, logits in zip(found.values(), heads, strict=True):
-                counts.tables[n] = _table(logits, inside)
+        look = partial(self._logits, network, prior, half)
+        try:
+            for image in range(len(self._images)):
+                self._look_at(image, look, list(found.values()))
+        finally:
+            release_norms(network)
         return {
             depth: estimate(counts, self._painted, seed=self._seed)
             for depth, counts in found.items()
         }
+
+    def _look_at(
+        self,
+        image: int,
+        look: Callable[..., list[Tensor]],
+        found: list[Counts],
+    ) -> None:
+        """Count one image's windows, with norms that are fixed as in prediction."""
+        held = [w for w in self._held if w.image == image]
+        places = [n for n, (i, _) in enumerate(self._places) if i == image]
+        centres = [self._places[n][1] for n in places]
+        if not held and not places:
+            return
+        heads = look(image, centres or [w.centre for w in held], fix=True)
+        for row, (n, centre) in enumerate(zip(places, centres, strict=True)):
+            inside = self._inside(image, centre, heads[0][row])
+            for counts, logits in zip(found, heads, strict=True):
+                counts.tables[n] = _table(logits[row], inside)
+        for window in held:
+            heads = look(image, [window.centre])
+            for counts, logits in zip(found, heads, strict=True):
+                there = window.block, window.truth
+                seen = logits[0][:, window.rows, window.columns]
+                right, sure = _beliefs(seen, window.truth)
+                np.add.at(counts.pixels, there, 1)
+                np.add.at(counts.right, there, right)
+                np.add.at(counts.sure, there, sure)
 
     def _logits(
         self,
@@ -366,16 +387,23 @@ class Scorer:
         prior: Sequence[float],
         half: bool,
         image: int,
-        centre: tuple[int, int],
+        centres: list[tuple[int, int]],
+        *,
+        fix: bool = False,
     ) -> list[Tensor]:
+        """Return each head's logits (N, K, h, w); `fix` measures the norms on them."""
         pixels = self._images[image]
-        (window,), _ = cut_windows(
-            [pixels], [pixels[0].new_zeros(pixels.shape[1:])], [0], [centre], self._side
+        windows, _ = cut_windows(
+            [pixels],
+            [pixels[0].new_zeros(pixels.shape[1:])],
+            [0] * len(centres),
+            centres,
+            self._side,
         )
         offset = torch.tensor(prior, device=pixels.device)[:, None, None]
         with autocast(pixels.device, half):
-            heads = network(window[None])
-        return [logits[0].float() + offset for logits in heads]
+            heads = measure_norms(network, windows) if fix else network(windows)
+        return [logits.float() + offset for logits in heads]
 
     def _inside(self, image: int, centre: tuple[int, int], logits: Tensor) -> Tensor:
         """Return 1 where an output lies in the image, 0 in its mirrored rest."""
