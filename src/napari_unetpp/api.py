@@ -9,6 +9,7 @@ from napari_unetpp.config import (
     published_config,
 )
 from napari_unetpp.errors import (
+    DeviceError,
     DeviceMemoryError,
     ImageFileError,
     ModelFileError,
@@ -25,6 +26,7 @@ from napari_unetpp.train import train, train_steps
 __all__ = [
     "NETWORKS",
     "BatchStep",
+    "DeviceError",
     "DeviceMemoryError",
     "Evaluation",
     "ImageFileError",

@@ -26,8 +26,8 @@ from napari_unetpp.config import (
     check_number,
     working_config,
 )
-from napari_unetpp.device import is_out_of_memory, resolve_device
-from napari_unetpp.errors import DeviceMemoryError
+from napari_unetpp.device import guarded, resolve_device
+from napari_unetpp.errors import TrainingError
 from napari_unetpp.examples import Examples, read_examples
 from napari_unetpp.model import (
     Model,
@@ -139,9 +139,11 @@ def train_steps(
     ValueError
         If an argument does not fit; before anything is trained.
     TrainingError
-        If the loss or a weight is no longer finite.
+        If the loss or a weight is no longer finite; its `model` is the last good one.
     DeviceMemoryError
-        If a step does not fit on the device.
+        If a step does not fit on the device, not even in smaller pieces.
+    DeviceError
+        If the device has failed, now or earlier in this process.
     SaveError
         If `checkpoint` cannot be written, or is that of another training.
     ModelFileError
@@ -229,21 +231,16 @@ def _loop(
     over = bool(history) and limits.reached(trainer.steps)
     while not over:
         try:
-            with telling(rolling):
+            with telling(rolling), guarded(trainer.device):
                 loss = trainer.step()
-                history.append(
-                    TrainStep(trainer.steps, loss, limits.seconds, trainer.score)
-                )
+                now, score = limits.seconds, trainer.score
+                history.append(TrainStep(trainer.steps, loss, now, score, trainer.note))
                 if rolling and rolling.due(trainer.steps):
                     model = _result(trainer, examples, history)
                     rolling.keep(trainer.checkpoint(model, examples))
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise DeviceMemoryError(
-                "The device has no memory left for a training step. Choose a smaller "
-                "`batch` or `patch`, close other programs, or use device='cpu'."
-            ) from None
+        except TrainingError as error:
+            error.model = _result(trainer, examples, history)
+            raise
         if best is not None and trainer.scored_now:
             over = best.is_over(trainer, history, examples)
         try:

@@ -20,14 +20,19 @@ from napari_unetpp.checkpoint import (
     set_chance,
 )
 from napari_unetpp.config import check_number
-from napari_unetpp.device import autocast, environment
-from napari_unetpp.errors import TrainingError
+from napari_unetpp.device import (
+    autocast,
+    environment,
+    is_out_of_memory,
+    release_memory,
+)
+from napari_unetpp.errors import DeviceMemoryError, TrainingError
 from napari_unetpp.heldout import HeldOut
 from napari_unetpp.sampling import Draw, PatchSampler
 from napari_unetpp.score import Score, Scorer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
@@ -40,6 +45,8 @@ _SCORE_EVERY = 50  # steps; a score of a UNet++ takes as long as about five
 _RAMP = 50  # steps in which the energy between strokes reaches its weight
 _FRESH = 40  # steps in which half of each batch comes from what was painted last
 _RECALL = 10  # steps that the averaged weights remember when new strokes arrive
+_TRIES = 6  # of a step, with half the patches or half their side each time
+_LEAST = 32  # px, side of the smallest patch that is tried
 _ADAM = frozenset({"step", "exp_avg", "exp_avg_sq"})  # what it remembers of a weight
 _SGD = frozenset({"momentum_buffer"})
 
@@ -62,10 +69,14 @@ class Trainer:
 
     Attributes
     ----------
+    device : torch.device
+        Where it computes.
     held_out : HeldOut
         What never trains: the model's own, or chosen now and frozen.
     estimates : dict of int to Score
         The newest score at each depth; empty while there are too few strokes.
+    note : str
+        What the user should know of the last step, or "".
 
     Raises
     ------
@@ -83,11 +94,12 @@ class Trainer:
         device: torch.device,
     ) -> None:
         self._start = model
-        self._config = config
+        self._config = self._wished = config
         self._seed = seed
-        self._device = device
+        self.device = device
         self._n_classes = len(model.classes)
         self.steps = 0
+        self.note = ""
         self.estimates: dict[int, Score] = {}
         self.held_out = HeldOut.of(model.provenance) or heldout.choose(
             examples.targets,
@@ -131,6 +143,7 @@ class Trainer:
         return is_scored(self.steps)
 
     def _read(self, examples: Examples) -> None:
+        self._examples = examples
         targets, numbers = examples.targets, examples.numbers
         starved = self.held_out.starved(targets, numbers, self._n_classes)
         if starved:
@@ -144,11 +157,11 @@ class Trainer:
         training, scoring = self.held_out.split(targets, numbers)
         there = {id(a): t for a, t in zip(self._arrays, self._images, strict=True)}
         self._images = [
-            there[id(i)] if id(i) in there else torch.from_numpy(i).to(self._device)
+            there[id(i)] if id(i) in there else torch.from_numpy(i).to(self.device)
             for i in examples.images
         ]
         self._arrays, self._training = examples.images, training
-        self._targets = [torch.from_numpy(t).to(self._device) for t in training]
+        self._targets = [torch.from_numpy(t).to(self.device) for t in training]
         self._sampler = PatchSampler(training, self._config.patch, self._rng)
         self.painted = heldout.count(training, self._n_classes)
         self._scorer = Scorer(
@@ -213,6 +226,7 @@ class Trainer:
         c = self._config
         side = self._score_side()
         draw = self._draw(c.batch)
+        self._drawn = draw.image
         warped = self.steps >= c.warp_after
         spec = augment.Warp(
             flip=c.flip,
@@ -231,7 +245,7 @@ class Trainer:
             window,
         )
         grid = augment.sampling_grid(
-            c.batch, side, window, self._generator, spec, self._device
+            c.batch, side, window, self._generator, spec, self.device
         )
         patches, annotation = augment.warp(windows, annotation, grid)
         patches = augment.grey_values(
@@ -255,29 +269,139 @@ class Trainer:
         return Draw(*(np.concatenate(values) for values in zip(*parts, strict=True)))
 
     def step(self) -> float:
-        """Take one optimizer step and return its loss."""
+        """Take one optimizer step and return its loss.
+
+        Where memory runs out, the step is begun again from the same weights and random
+        numbers with half the batch, then with half the patch; `note` tells it.
+
+        Raises
+        ------
+        TrainingError
+            If the loss, a gradient or a weight is not finite: the weights that are
+            shown are still those of the step before.
+        DeviceMemoryError
+            If memory runs out six times.
+        """
+        self.note = ""
+        before = self._mark()
+        value: float = self._within_memory(self._learn, lambda: self._undo(before))
+        self.steps += 1
+        self._average()
+        if self.scored_now:
+            self.estimates = self._within_memory(self._measure, lambda: None)
+        return value
+
+    def _within_memory(self, work: Callable[[], Any], undo: Callable[[], None]) -> Any:
+        """Do some work, with less at once each time that memory runs out."""
+        for left in reversed(range(_TRIES)):
+            try:
+                return work()
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            # Only out here are the error's frames gone, which hold the tensors.
+            self._optimizer.zero_grad(set_to_none=True)
+            undo()
+            release_memory()
+            if not left or not self._take_less():
+                break
+        raise DeviceMemoryError(
+            "The device has no memory left for a training step, not even for "
+            f"{self._config.batch} patch(es) of {self._config.patch} px. Choose a "
+            "smaller network, close other programs, or use device='cpu'."
+        )
+
+    def _take_less(self) -> bool:
+        """Halve the batch, or else the patch; False if there is no less."""
+        c, least = self._config, max(_LEAST, self._start.network.multiple())
+        if c.batch > 1:
+            c = c.replaced(batch=c.batch // 2)
+        elif c.patch // 2 >= least:
+            c = c.replaced(patch=c.patch // 2)
+        else:
+            return False
+        self._use(c)
+        self.note = (
+            f"Memory ran out: from step {self.steps + 1} on, the batch is "
+            f"{c.batch} x {c.patch} px."
+        )
+        return True
+
+    def _use(self, config: TrainConfig) -> None:
+        """Go on with another batch or patch."""
+        self._config = config
+        self._read(self._examples)
+        if self._fresh is not None:
+            self._look_at(self._fresh_strokes)
+
+    def _mark(self) -> tuple[Any, ...]:
+        """Return what a step changes before it changes the weights for good."""
+        learned = [p for _, p in self._learned()]
+        memory = {p: dict(self._optimizer.state.get(p, {})) for p in learned}
+        # Adam's fused update is done as a whole or not at all, all but its counter.
+        kept = [s["step"] for s in memory.values() if "step" in s]
+        if self._config.optimizer == "sgd":
+            kept = [*learned, *(v for s in memory.values() for v in s.values())]
+        kept += list(self.network.buffers())
+        return (
+            chance(self._rng),
+            self._generator.get_state(),
+            self._frequency,
+            memory,
+            [(t, t.detach().clone()) for t in kept if t is not None],
+        )
+
+    @torch.no_grad()
+    def _undo(self, mark: tuple[Any, ...]) -> None:
+        rng, generator, frequency, memory, kept = mark
+        set_chance(self._rng, rng)
+        self._generator.set_state(generator)
+        self._frequency = frequency
+        self._optimizer.state.clear()
+        for weight, remembered in memory.items():
+            if remembered:
+                self._optimizer.state[weight].update(remembered)
+        for tensor, value in kept:
+            tensor.copy_(value)
+
+    def _measure(self) -> dict[int, Score]:
+        return self._scorer.measure(
+            self._shown, self._prior(), half=self._config.mixed_precision
+        )
+
+    def _learn(self) -> float:
+        """Change the weights once and return the loss."""
         self.network.train()
         patches, target = self.batch()
-        with autocast(self._device, self._config.mixed_precision), self._dropout():
+        with autocast(self.device, self._config.mixed_precision), self._dropout():
             heads = self.network(patches, self._depth())
         loss = self._loss(heads, target)
         total = loss + self._between_strokes(heads, patches)
         self._optimizer.zero_grad(set_to_none=True)
         total.backward()  # type: ignore[no-untyped-call]
+        # The device is asked only now, when it has the whole step to work on.
+        self._check_finite("loss", float(total.detach()), patches)
+        weights = [p for _, p in self._learned()]
+        slopes = [p.grad for p in weights if p.grad is not None]
+        self._check_finite("gradient", _size(slopes), patches)
         self._optimizer.step()
-        self.steps += 1
-        self._average()
-        value, whole = float(loss.detach()), float(total.detach())
-        if not math.isfinite(whole):
-            raise TrainingError(
-                f"The loss must stay finite, got {whole} at step {self.steps}. Start "
-                "over with a smaller `learning_rate`."
+        self._check_finite("weights", _size(weights), patches)
+        return float(loss.detach())
+
+    def _check_finite(self, what: str, value: float, patches: Tensor) -> None:
+        if math.isfinite(value):
+            return
+        bad = ~torch.isfinite(patches).flatten(1).all(1).cpu().numpy()
+        remedy = "Start over with a smaller `learning_rate`."
+        if bad.any():
+            remedy = (
+                f"Image {int(self._drawn[bad][0]) + 1} holds values that are not: "
+                "repair it or leave it out."
             )
-        if self.scored_now:
-            self.estimates = self._scorer.measure(
-                self._shown, self._prior(), half=self._config.mixed_precision
-            )
-        return value
+        raise TrainingError(
+            f"The {what} must stay finite, got {value} at step {self.steps + 1}. "
+            f"{remedy}"
+        )
 
     def _depth(self) -> int:
         """Return how deep this step goes: 1, 2, 1, 3, 1, 2, 1, 4, 1, ...
@@ -298,7 +422,7 @@ class Trainer:
         if not self.network.config.dropout:
             yield
             return
-        devices = [self._device] if self._device.type == "cuda" else []
+        devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed((self._seed * 1_000_003 + self.steps) % 2**63)
             yield
@@ -335,7 +459,7 @@ class Trainer:
         share = self._frequency / max(self._frequency.sum(), 1e-9)
         weights = np.maximum(share, 1e-3) ** -self._config.balance
         return torch.as_tensor(weights / weights.mean(), dtype=torch.float32).to(
-            self._device
+            self.device
         )
 
     @torch.no_grad()
@@ -371,7 +495,7 @@ class Trainer:
             "napari_unetpp": __version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
-            "device": str(self._device),
+            "device": str(self.device),
             "threads": torch.get_num_threads(),
             "seed": self._seed,
             "steps": self.steps,
@@ -407,11 +531,11 @@ class Trainer:
         return Checkpoint(
             model.contents(),
             {
-                "settings": self._config.to_dict(),
+                "settings": self._wished.to_dict(),
                 "seed": self._seed,
                 "parent": self._start.provenance.get("digest"),
             },
-            environment(self._device),
+            environment(self.device),
             data_table(examples.fingerprints, examples.numbers),
             np.array(steps, np.float64).reshape(-1, 4),
             self.state(),
@@ -437,6 +561,8 @@ class Trainer:
                 )
         values = {
             "steps": self.steps,
+            "batch": self._config.batch,
+            "patch": self._config.patch,
             "averaged_from": self._averaged_from,
             "fresh_until": self._fresh_until,
             "estimates": [[d, score.to_list()] for d, score in self.estimates.items()],
@@ -478,6 +604,9 @@ class Trainer:
             If it is not the state of such a trainer.
         """
         values, tensors = state.values, dict(state.tensors)
+        less = {name: values[name] for name in ("batch", "patch") if name in values}
+        if less and less != {k: getattr(self._config, k) for k in less}:
+            self._use(self._config.replaced(**less))
         for start, network in (("network.", self.network), ("shown.", self._shown)):
             own = {k: tensors.pop(start + k) for k in network.state_dict()}
             _load(network, own)
@@ -523,7 +652,7 @@ class Trainer:
                 raise ValueError(f"what the optimizer knows of {name} is not complete.")
             for key, array in found.items():
                 # The layout in memory is the weight's, as the optimizer makes it.
-                like = weight if key != "step" else torch.zeros((), device=self._device)
+                like = weight if key != "step" else torch.zeros((), device=self.device)
                 self._optimizer.state[weight][key] = _copied(array, like)
         if tensors:
             raise ValueError(f"it holds more than its network: {min(tensors)[:64]}.")
@@ -550,6 +679,14 @@ class Trainer:
 def is_scored(step: int) -> bool:
     """Return whether the held-out score is measured after this step."""
     return step > 0 and step % _SCORE_EVERY == 0
+
+
+@torch.no_grad()
+def _size(tensors: Sequence[Tensor]) -> float:
+    """Return one number that is finite where all these are."""
+    if not tensors:
+        return 0.0
+    return float(torch.stack(torch._foreach_norm(list(tensors), math.inf)).sum())
 
 
 def _load(network: torch.nn.Module, arrays: dict[str, NDArray[Any]]) -> None:
