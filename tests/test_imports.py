@@ -29,6 +29,7 @@ TABLE = {
     "io": "errors",
     "preprocess": "config errors",
     "device": "errors",
+    "parallel": "device errors",
     "networks": "config errors",
     "losses": "",
     "augment": "",
@@ -41,10 +42,10 @@ TABLE = {
     "examples": "preprocess config errors",
     "checkpoint": "modelfile io config errors",
     "trainer": "model checkpoint losses augment sampling heldout score examples"
-    " device config errors",
+    " parallel device config errors",
     "pretrained": "model networks",
     "train": "trainer pretrained model networks checkpoint examples preprocess device"
-    " io config errors",
+    " parallel io config errors",
     "predict": "model networks preprocess device config errors",
     "messages": "model score",  # for its types alone: it is free of torch
     "live": "+train +predict trainer messages heldout",
@@ -53,7 +54,7 @@ TABLE = {
     "samples": "errors",
     "batch": "predict model io preprocess config errors",
     "api": "+live +batch evaluate samples io",
-    "cli": "api batch checkpoint evaluate io samples config errors",
+    "cli": "api parallel batch checkpoint evaluate io samples config errors",
     "_sample_data": "samples",
     "_widgets": "messages config errors api live device script recovery",
 }
@@ -67,7 +68,7 @@ QT = {
 KNOWS_NAPARI = {"_widgets", "_sample_data"}
 WITHOUT_TORCH = {
     "__init__", "errors", "config", "messages", "sampling", "evaluate", "modelfile",
-    "checkpoint", "recovery",
+    "checkpoint", "recovery", "parallel",
     "samples", "batch", "script", "_sample_data",
 }  # fmt: skip
 

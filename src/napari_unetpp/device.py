@@ -76,7 +76,10 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     told = str(error)
     return isinstance(error, RuntimeError) and (
-        "allocate memory" in told or "out of memory" in told
+        "allocate memory" in told
+        or "out of memory" in told
+        # How oneDNN says it, as measured under a limit of address space.
+        or "could not create a primitive" in told
     )
 
 

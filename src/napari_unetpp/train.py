@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
-from napari_unetpp import io
+from napari_unetpp import io, parallel
 from napari_unetpp.checkpoint import (
     Checkpoint,
     Rolling,
@@ -193,6 +193,8 @@ def train_steps(
         go_on(trainer, examples, found, rolling, changed_data=changed_data)
         history = history_of(found)
         began -= found.seconds
+    if parallel.team().rank:
+        rolling = None  # the first process writes
     limits = _Limits(began, max_seconds, max_steps, stop)
     best = None
     if config.patience is not None:
@@ -228,7 +230,9 @@ def _loop(
     rolling: Rolling | None,
     best: _Best | None,
 ) -> Generator[TrainStep, None, Model]:
+    team = parallel.team()
     over = bool(history) and limits.reached(trainer.steps)
+    over = team.any(over, trainer.device)
     while not over:
         try:
             with telling(rolling), guarded(trainer.device):
@@ -250,6 +254,8 @@ def _loop(
             raise
         over = over or limits.reached(trainer.steps)
         over = over or (limits.stop is not None and limits.stop.is_set())
+        with telling(rolling):
+            over = team.any(over, trainer.device)
     result = _end(trainer, examples, history, rolling)
     return result if best is None else best.model or result
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from napari_unetpp import __version__, augment, heldout, losses
+from napari_unetpp import __version__, augment, heldout, losses, parallel
 from napari_unetpp.checkpoint import (
     Checkpoint,
     State,
@@ -98,6 +98,14 @@ class Trainer:
         self._seed = seed
         self.device = device
         self._n_classes = len(model.classes)
+        self._team = parallel.team()
+        self._team.share(config.batch)
+        if self._team.size > 1 and model.config.norm == "batch":
+            raise ValueError(
+                "`norm` must not be 'batch' where several processes train, whose "
+                "statistics would be of one process's patches. Choose 'group', or one "
+                "process."
+            )
         self.steps = 0
         self.note = ""
         self.estimates: dict[int, Score] = {}
@@ -303,7 +311,8 @@ class Trainer:
             self._optimizer.zero_grad(set_to_none=True)
             undo()
             release_memory()
-            if not left or not self._take_less():
+            # Alone, one of several processes cannot begin anew.
+            if not left or self._team.size > 1 or not self._take_less():
                 break
         raise DeviceMemoryError(
             "The device has no memory left for a training step, not even for "
@@ -374,15 +383,17 @@ class Trainer:
         self.network.train()
         patches, target = self.batch()
         with autocast(self.device, self._config.mixed_precision), self._dropout():
-            heads = self.network(patches, self._depth())
+            own = patches[self._team.share(len(patches))]
+            heads = self._team.joined(self.network(own, self._depth()))
         loss = self._loss(heads, target)
         total = loss + self._between_strokes(heads, patches)
         self._optimizer.zero_grad(set_to_none=True)
         total.backward()  # type: ignore[no-untyped-call]
-        # The device is asked only now, when it has the whole step to work on.
-        self._check_finite("loss", float(total.detach()), patches)
         weights = [p for _, p in self._learned()]
         slopes = [p.grad for p in weights if p.grad is not None]
+        self._team.add_up(slopes)
+        # The device is asked only now, when it has the whole step to work on.
+        self._check_finite("loss", float(total.detach()), patches)
         self._check_finite("gradient", _size(slopes), patches)
         self._optimizer.step()
         self._check_finite("weights", _size(weights), patches)
@@ -424,7 +435,9 @@ class Trainer:
             return
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed((self._seed * 1_000_003 + self.steps) % 2**63)
+            torch.manual_seed(
+                (self._seed * 1_000_003 + self.steps + (self._team.rank << 40)) % 2**63
+            )
             yield
 
     def _loss(self, heads: list[Tensor], target: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from napari_unetpp import io
+from napari_unetpp import io, parallel
 from napari_unetpp.cli.console import Console, count, quoted
 from napari_unetpp.errors import DeviceError, DeviceMemoryError, SaveError
 
@@ -110,7 +110,7 @@ def resumable(console: Console, options: Namespace, rolling: Rolling) -> Iterato
 def tell_resume(console: Console, options: Namespace, rolling: Rolling) -> None:
     """Tell how to go on, if there is something to go on with."""
     rolling.wait()
-    if rolling.exists():
+    if rolling.exists() and not parallel.team().rank:
         replace = " --overwrite" if options.out.exists() else ""
         console.tell(
             f"the training is kept in {quoted(rolling.path)}; to go on, give the same "

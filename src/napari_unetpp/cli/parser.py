@@ -157,6 +157,10 @@ def _train(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--levels", type=int, metavar="N", help="number of poolings")
     command.add_argument(
+        "--batch", type=int, default=4, metavar="N",
+        help="patches per step, of all processes together (default: 4)",
+    )  # fmt: skip
+    command.add_argument(
         "--checkpoint", type=Path, metavar="FILE",
         help="what is written every minute, and deleted when the model is saved "
         "(default: MODEL.checkpoint.safetensors)",

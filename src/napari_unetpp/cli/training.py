@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from napari_unetpp import batch, io
+from napari_unetpp import batch, io, parallel
 from napari_unetpp.checkpoint import Rolling
 from napari_unetpp.cli import jobs, learning
 from napari_unetpp.cli.console import REPLACE, count, plain, quoted, score, table
@@ -27,7 +27,15 @@ _DEMO_NETWORK = "unet"  # learns most in half a minute
 
 
 def train(options: Namespace, console: Console) -> int:
-    """Learn from annotated images and write the model."""
+    """Learn from annotated images and write the model; torchrun starts several."""
+    if not parallel.asked():
+        return _train(options, console)
+    with parallel.together(options.device) as options.device:
+        console.quiet = console.quiet or parallel.team().rank > 0
+        return _train(options, console)
+
+
+def _train(options: Namespace, console: Console) -> int:
     pairs, pictures, coded = _training_files(options, console)
     rolling = _checkpoint(options, pairs)
     from napari_unetpp import api
@@ -50,7 +58,9 @@ def train(options: Namespace, console: Console) -> int:
             classes=classes,
             unlabelled=annotations.unlabelled,
             channel_axis=pictures[0].channel_axis,
-            config=TrainConfig(pretrained=not options.from_scratch),
+            config=TrainConfig(
+                pretrained=not options.from_scratch, batch=options.batch
+            ),
             seed=options.seed,
             device=options.device,
             stop=stop,
@@ -64,6 +74,8 @@ def train(options: Namespace, console: Console) -> int:
             f"training on {count(len(pairs), 'image')}; Ctrl-C stops and saves"
         )
         model = learning.learn(console, training, stop, **limit)
+        if parallel.team().rank:
+            return stop.code  # the first process writes and prints
         learning.save(model, options.out, overwrite=options.overwrite)
         if stop.is_set():
             learning.tell_resume(console, options, rolling)
