@@ -68,7 +68,7 @@ QT = {
 KNOWS_NAPARI = {"_widgets", "_sample_data"}
 WITHOUT_TORCH = {
     "__init__", "errors", "config", "messages", "sampling", "evaluate", "modelfile",
-    "checkpoint", "recovery", "parallel",
+    "checkpoint", "recovery",
     "samples", "batch", "script", "_sample_data",
 }  # fmt: skip
 

@@ -83,7 +83,7 @@ def end(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
         ("'unet++'", "patch=64, warp_after=5, mixed_precision=False"),
         (
             "'unet'",
-            "patch=64, mixed_precision=False, loss='dice', optimizer='sgd', learning_rate=0.01",
+            "patch=64, loss='dice', optimizer='sgd', mixed_precision=False",
         ),
     ],
 )

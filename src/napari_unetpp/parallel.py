@@ -63,7 +63,7 @@ class Team:
         with _answered():
             torch.distributed.all_gather(parts, own)
         sizes = [h.numel() for h in heads]
-        rows = [part.split(sizes) for part in parts]
+        rows = [torch.split(part, sizes) for part in parts]
         return [
             torch.cat(
                 [
@@ -84,7 +84,7 @@ class Team:
         with _answered():
             torch.distributed.all_reduce(flat)
         for own, total in zip(
-            gradients, flat.split([g.numel() for g in gradients]), strict=True
+            gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True
         ):
             own.copy_(total.view(own.shape))
 
