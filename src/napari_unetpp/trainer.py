@@ -574,14 +574,14 @@ class Trainer:
                 )
         values = {
             "steps": self.steps,
-            "batch": self._config.batch,
-            "patch": self._config.patch,
             "averaged_from": self._averaged_from,
             "fresh_until": self._fresh_until,
             "estimates": [[d, score.to_list()] for d, score in self.estimates.items()],
             "frequency": self._frequency.tolist(),
             "rng": chance(self._rng),
         }
+        if self._config != self._wished:  # memory has run out
+            values["less"] = [self._config.batch, self._config.patch]
         return State(
             {k: v.detach().cpu().clone().numpy() for k, v in tensors.items()},
             {
@@ -617,9 +617,11 @@ class Trainer:
             If it is not the state of such a trainer.
         """
         values, tensors = state.values, dict(state.tensors)
-        less = {name: values[name] for name in ("batch", "patch") if name in values}
-        if less and less != {k: getattr(self._config, k) for k in less}:
-            self._use(self._config.replaced(**less))
+        if "less" in values:
+            batch, patch = values["less"]
+            check_whole(batch, 1, self._wished.batch)
+            check_whole(patch, 1, self._wished.patch)
+            self._use(self._wished.replaced(batch=batch, patch=patch))
         for start, network in (("network.", self.network), ("shown.", self._shown)):
             own = {k: tensors.pop(start + k) for k in network.state_dict()}
             _load(network, own)
