@@ -29,6 +29,7 @@ TABLE = {
     "io": "errors",
     "preprocess": "config errors",
     "device": "errors",
+    "parallel": "device errors",
     "networks": "config errors",
     "losses": "",
     "augment": "",
@@ -50,10 +51,10 @@ TABLE = {
     "examples": "preprocess config errors",
     "checkpoint": "modelfile io config errors",
     "trainer": "model checkpoint losses augment sampling heldout score examples"
-    " schedule device config errors",
+    " parallel schedule device config errors",
     "pretrained": "model networks io errors",
     "train": "trainer pretrained model networks checkpoint examples preprocess device"
-    " io config errors",
+    " parallel io config errors",
     "predict": "model networks preprocess device config errors",
     "messages": "model score",  # for its types alone: it is free of torch
     "live": "+train +predict trainer messages heldout",
@@ -65,8 +66,8 @@ TABLE = {
     "batch": "cluster predict model io preprocess config errors",
     "api": "+live +batch bigimage evaluate pretrained isbi presets experiment samples"
     " io",
-    "cli": "api batch checkpoint evaluate experiment folders presets io samples config"
-    " errors",
+    "cli": "api parallel batch checkpoint evaluate experiment folders presets io"
+    " samples config errors",
     "_sample_data": "samples",
     "_widgets": "messages config errors api live device script recovery",
 }

@@ -51,5 +51,11 @@ def test_every_network_and_error_is_told() -> None:
     text = README.read_text(encoding="utf-8")
     for name in api.NETWORKS:
         assert name in text or name.removeprefix("fcn") in text
-    for name in ("ModelFileError", "SaveError", "DeviceMemoryError", "TrainingError"):
+    for name in (
+        "ModelFileError",
+        "SaveError",
+        "DeviceMemoryError",
+        "DeviceError",
+        "TrainingError",
+    ):
         assert name in text

@@ -11,6 +11,7 @@ from napari_unetpp.config import (
 )
 from napari_unetpp.errors import (
     ClusterError,
+    DeviceError,
     DeviceMemoryError,
     ImageFileError,
     MissingPackageError,
@@ -36,6 +37,7 @@ __all__ = [
     "Axis",
     "BatchStep",
     "ClusterError",
+    "DeviceError",
     "DeviceMemoryError",
     "Evaluation",
     "ImageFileError",

@@ -15,7 +15,12 @@ import numpy as np
 
 from napari_unetpp import io, modelfile
 from napari_unetpp.config import check_number
-from napari_unetpp.errors import ModelFileError, SaveError, TrainingError
+from napari_unetpp.errors import (
+    DeviceError,
+    ModelFileError,
+    SaveError,
+    TrainingError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -462,11 +467,11 @@ class Rolling:
 
 @contextmanager
 def telling(rolling: Rolling | None) -> Iterator[None]:
-    """Let a TrainingError also say where the last good checkpoint is."""
+    """Let an error also say where the last good checkpoint is."""
     try:
         yield
-    except TrainingError as error:
+    except (TrainingError, DeviceError) as error:
         if rolling is None:
             raise
         rolling.wait()
-        raise TrainingError(f"{error} {rolling.hint()}".strip()) from None
+        raise type(error)(f"{error} {rolling.hint()}".strip()) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import sys
@@ -15,10 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from napari_unetpp import __version__
-from napari_unetpp.errors import TrainingError
+from napari_unetpp.errors import DeviceError, TrainingError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+_dead: set[str] = set()  # kinds of devices that have failed in this process
 
 
 def resolve_device(device: str | torch.device | None = None) -> torch.device:
@@ -34,15 +37,23 @@ def resolve_device(device: str | torch.device | None = None) -> torch.device:
     ------
     ValueError
         If this computer or this torch does not have the device.
+    DeviceError
+        If it has failed in this process.
     """
     if device is None or device == "auto":
-        if torch.cuda.is_available():
+        if torch.cuda.is_available() and "cuda" not in _dead:
             return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        mps = torch.backends.mps.is_available() and "mps" not in _dead
+        return torch.device("mps" if mps else "cpu")
     try:
         wished = torch.device(device)
     except (RuntimeError, TypeError):
         wished = torch.device("meta")
+    if wished.type in _dead:
+        raise DeviceError(
+            f"The device {wished} has failed and cannot be used before this program "
+            "is restarted. Continue on the CPU (device='cpu', --device cpu)."
+        )
     if wished.type == "cpu":
         return wished
     count = {
@@ -65,7 +76,53 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     told = str(error)
     return isinstance(error, RuntimeError) and (
-        "allocate memory" in told or "out of memory" in told
+        "allocate memory" in told
+        or "out of memory" in told
+        # How oneDNN says it, as measured under a limit of address space.
+        or "could not create a primitive" in told
+    )
+
+
+def release_memory() -> None:
+    """Give back what nothing refers to any more, also to the devices' drivers."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
+
+
+def is_device_failure(error: BaseException) -> bool:
+    """Return whether a device has failed, after which it computes nothing any more."""
+    if is_out_of_memory(error) or not isinstance(error, RuntimeError):
+        return False
+    told = str(error)
+    return isinstance(error, torch.AcceleratorError) or any(
+        sign in told for sign in ("CUDA error", "device-side assert", "MPS backend")
+    )
+
+
+@contextmanager
+def guarded(device: torch.device) -> Iterator[None]:
+    """Turn the failure of a device into DeviceError, and never use it again.
+
+    Raises
+    ------
+    DeviceError
+        Which says how to continue on the CPU.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_device_failure(error):
+            raise
+        first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    else:
+        return
+    _dead.add(device.type)
+    raise DeviceError(
+        f"The device {device} has failed ({first}) and cannot be used before this "
+        "program is restarted. Continue on the CPU (device='cpu', --device cpu)."
     )
 
 

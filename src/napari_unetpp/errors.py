@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class UnetppError(Exception):
     """Base class of the states that stop our work; never a RuntimeError."""
@@ -29,8 +31,17 @@ class DeviceMemoryError(UnetppError):
     """The device ran out of memory although smaller pieces were tried."""
 
 
+class DeviceError(UnetppError):
+    """The device has failed; it cannot be used again before the program restarts."""
+
+
 class TrainingError(UnetppError):
-    """Training cannot go on, for example because the loss is not finite."""
+    """Training cannot go on, for example because the loss is not finite.
+
+    `model` is then the last good one, as far as there is one.
+    """
+
+    model: Any = None
 
 
 class MissingPackageError(UnetppError):

@@ -125,6 +125,8 @@ class Progress:
         The same with its interval and the values of the classes.
     holds_out : bool
         Whether the model keeps any place for the score.
+    note : str
+        What the user should know of the training so far, in words, or "".
     """
 
     last: TrainStep
@@ -132,6 +134,7 @@ class Progress:
     scores: tuple[tuple[int, float], ...] = ()
     estimates: tuple[tuple[int, Score], ...] = ()
     holds_out: bool = True
+    note: str = ""
 
 
 @dataclass(frozen=True, eq=False)

@@ -47,12 +47,16 @@ class TrainStep:
     score : float or None
         Mean IoU on the whole images as estimated from held-out strokes, when it was
         last measured; None before that, or while too few strokes are held out.
+    note : str
+        What the user should know of this step, in words: that memory ran out and less
+        is taken at once from here on. Not kept in files.
     """
 
     step: int
     loss: float
     seconds: float
     score: float | None = None
+    note: str = ""
 
 
 @dataclass(eq=False)

@@ -10,7 +10,12 @@ import numpy as np
 import torch
 
 from napari_unetpp.config import PredictConfig
-from napari_unetpp.device import is_out_of_memory, resolve_device
+from napari_unetpp.device import (
+    guarded,
+    is_out_of_memory,
+    release_memory,
+    resolve_device,
+)
 from napari_unetpp.errors import DeviceMemoryError
 from napari_unetpp.model import Model, check_depth
 from napari_unetpp.networks.blocks import GroupNorm, measure_norms
@@ -285,6 +290,8 @@ def predict_tiles(
         If an argument is out of range or the image does not fit the model.
     DeviceMemoryError
         If even a small tile does not fit on the device.
+    DeviceError
+        If the device has failed, now or earlier in this process.
 
     Notes
     -----
@@ -305,8 +312,15 @@ def predict_tiles(
             f"channel_axis={channel_axis})."
         )
     where = _Order(first, planes)
-    network = working_copy(model.network, resolve_device(device))
-    return _tiles(model, network, planes, config, depth, where, probabilities)
+    target = resolve_device(device)
+    network = working_copy(model.network, target)
+    tiles = _tiles(model, network, planes, config, depth, where, probabilities)
+    return _guarded(tiles, target)
+
+
+def _guarded(tiles: Iterator[Tile], device: torch.device) -> Iterator[Tile]:
+    with guarded(device):
+        yield from tiles
 
 
 def _tiles(
@@ -335,10 +349,13 @@ def _tiles(
         while queue:
             core = queue.pop()
             try:
-                found = plane.probabilities(core).cpu()
+                found: torch.Tensor | None = plane.probabilities(core).cpu()
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
+                found = None
+            if found is None:  # only here are the error's frames, and tensors, gone
+                release_memory()
                 queue += smaller_parts(geometry, core)
                 continue
             labels = (found.argmax(0) + shift).to(torch.uint8).numpy()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
-from napari_unetpp import io
+from napari_unetpp import io, parallel
 from napari_unetpp.checkpoint import (
     Checkpoint,
     Rolling,
@@ -26,8 +26,8 @@ from napari_unetpp.config import (
     check_number,
     working_config,
 )
-from napari_unetpp.device import is_out_of_memory, resolve_device
-from napari_unetpp.errors import DeviceMemoryError
+from napari_unetpp.device import guarded, resolve_device
+from napari_unetpp.errors import TrainingError
 from napari_unetpp.examples import Examples, read_examples
 from napari_unetpp.model import (
     Model,
@@ -147,9 +147,11 @@ def train_steps(
     ValueError
         If an argument does not fit; before anything is trained.
     TrainingError
-        If the loss or a weight is no longer finite.
+        If the loss or a weight is no longer finite; its `model` is the last good one.
     DeviceMemoryError
-        If a step does not fit on the device.
+        If a step does not fit on the device, not even in smaller pieces.
+    DeviceError
+        If the device has failed, now or earlier in this process.
     SaveError
         If `checkpoint` cannot be written, or is that of another training.
     ModelFileError
@@ -201,6 +203,8 @@ def train_steps(
         go_on(trainer, examples, found, rolling, changed_data=changed_data)
         history = history_of(found)
         began -= found.seconds
+    if parallel.team().rank:
+        rolling = None  # the first process writes
     limits = _Limits(began, max_seconds, max_steps, stop)
     best = None
     if config.patience is not None:
@@ -236,24 +240,21 @@ def _loop(
     rolling: Rolling | None,
     best: _Best | None,
 ) -> Generator[TrainStep, None, Model]:
+    team = parallel.team()
     over = bool(history) and limits.reached(trainer.steps)
+    over = team.any(over, trainer.device)
     while not over:
         try:
-            with telling(rolling):
+            with telling(rolling), guarded(trainer.device):
                 loss = trainer.step()
-                history.append(
-                    TrainStep(trainer.steps, loss, limits.seconds, trainer.score)
-                )
+                now, score = limits.seconds, trainer.score
+                history.append(TrainStep(trainer.steps, loss, now, score, trainer.note))
                 if rolling and rolling.due(trainer.steps):
                     model = _result(trainer, examples, history)
                     rolling.keep(trainer.checkpoint(model, examples))
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise DeviceMemoryError(
-                "The device has no memory left for a training step. Choose a smaller "
-                "`batch` or `patch`, close other programs, or use device='cpu'."
-            ) from None
+        except TrainingError as error:
+            error.model = _result(trainer, examples, history)
+            raise
         if best is not None and trainer.scored_now:
             over = best.is_over(trainer, history, examples)
         try:
@@ -263,6 +264,8 @@ def _loop(
             raise
         over = over or limits.reached(trainer.steps)
         over = over or (limits.stop is not None and limits.stop.is_set())
+        with telling(rolling):
+            over = team.any(over, trainer.device)
     result = _end(trainer, examples, history, rolling)
     return result if best is None else best.model or result
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from napari_unetpp import __version__, augment, heldout, losses, schedule
+from napari_unetpp import __version__, augment, heldout, losses, parallel, schedule
 from napari_unetpp.checkpoint import (
     Checkpoint,
     State,
@@ -20,8 +20,14 @@ from napari_unetpp.checkpoint import (
     set_chance,
 )
 from napari_unetpp.config import check_number
-from napari_unetpp.device import autocast, deterministic, environment
-from napari_unetpp.errors import TrainingError
+from napari_unetpp.device import (
+    autocast,
+    deterministic,
+    environment,
+    is_out_of_memory,
+    release_memory,
+)
+from napari_unetpp.errors import DeviceMemoryError, TrainingError
 from napari_unetpp.heldout import HeldOut
 from napari_unetpp.sampling import Draw, PatchSampler
 from napari_unetpp.score import Score, Scorer
@@ -41,6 +47,8 @@ _RAMP = 50  # steps in which the energy between strokes reaches its weight
 _FRESH = 40  # steps in which half of each batch comes from what was painted last
 _SEVERAL, _LONG = 4, 64  # steps that one average stands for, once it is so old
 _RECALL = 10  # steps that the averaged weights remember when new strokes arrive
+_TRIES = 6  # of a step, with half the patches or half their side each time
+_LEAST = 32  # px, side of the smallest patch that is tried
 _ADAM = frozenset({"step", "exp_avg", "exp_avg_sq"})  # what it remembers of a weight
 _SGD = frozenset({"momentum_buffer"})
 
@@ -63,12 +71,16 @@ class Trainer:
 
     Attributes
     ----------
+    device : torch.device
+        Where it computes.
     held_out : HeldOut
         What never trains: the model's own, or chosen now and frozen.
     estimates : dict of int to Score
         The newest score at each depth; empty while there are too few strokes.
     judge : callable or None
         Takes the model and the step, and gives the score in place of the held-out one.
+    note : str
+        What the user should know of the last step, or "".
 
     Raises
     ------
@@ -86,11 +98,20 @@ class Trainer:
         device: torch.device,
     ) -> None:
         self._start = model
-        self._config = config
+        self._config = self._wished = config
         self._seed = seed
-        self._device = device
+        self.device = device
         self._n_classes = len(model.classes)
+        self._team = parallel.team()
+        self._team.share(config.batch)
+        if self._team.size > 1 and model.config.norm == "batch":
+            raise ValueError(
+                "`norm` must not be 'batch' where several processes train, whose "
+                "statistics would be of one process's patches. Choose 'group', or one "
+                "process."
+            )
         self.steps = 0
+        self.note = ""
         self.estimates: dict[int, Score] = {}
         self.held_out = HeldOut.of(model.provenance) or heldout.choose(
             examples.targets,
@@ -137,6 +158,7 @@ class Trainer:
         return is_scored(self.steps, self._config.score_every)
 
     def _read(self, examples: Examples) -> None:
+        self._examples = examples
         targets, numbers = examples.targets, examples.numbers
         starved = self.held_out.starved(targets, numbers, self._n_classes)
         if starved:
@@ -150,14 +172,14 @@ class Trainer:
         training, scoring = self.held_out.split(targets, numbers)
         there = {id(a): t for a, t in zip(self._arrays, self._images, strict=True)}
         self._images = [
-            there[id(i)] if id(i) in there else torch.from_numpy(i).to(self._device)
+            there[id(i)] if id(i) in there else torch.from_numpy(i).to(self.device)
             for i in examples.images
         ]
         self._weighed = self._images
         if self._config.border:
             self._weighed = self._with_weights(examples)
         self._arrays, self._training = examples.images, training
-        self._targets = [torch.from_numpy(t).to(self._device) for t in training]
+        self._targets = [torch.from_numpy(t).to(self.device) for t in training]
         self._sampler = PatchSampler(training, self._config.patch, self._rng)
         self.painted = heldout.count(training, self._n_classes)
         self._scorer = Scorer(
@@ -175,7 +197,7 @@ class Trainer:
         w0, sigma = self._config.border, self._config.border_sigma
         weights = [losses.border_weights(o, w0=w0, sigma=sigma) for o in objects]
         return [
-            torch.cat([image, torch.from_numpy(w)[None].to(self._device)])
+            torch.cat([image, torch.from_numpy(w)[None].to(self.device)])
             for image, w in zip(self._images, weights, strict=True)
         ]
 
@@ -232,6 +254,7 @@ class Trainer:
         c = self._config
         side = self._score_side()
         draw = self._draw(c.batch)
+        self._drawn = draw.image
         warped = self.steps >= c.warp_after
         spec = augment.Warp(
             flip=c.flip,
@@ -250,7 +273,7 @@ class Trainer:
             window,
         )
         grid = augment.sampling_grid(
-            c.batch, side, window, self._generator, spec, self._device
+            c.batch, side, window, self._generator, spec, self.device
         )
         patches, annotation = augment.warp(windows, annotation, grid)
         if c.border:
@@ -277,46 +300,154 @@ class Trainer:
         return Draw(*(np.concatenate(values) for values in zip(*parts, strict=True)))
 
     def step(self) -> float:
-        """Take one optimizer step and return its loss."""
+        """Take one optimizer step and return its loss.
+
+        Where memory runs out, the step is begun again from the same weights and random
+        numbers with half the batch, then with half the patch; `note` tells it.
+
+        Raises
+        ------
+        TrainingError
+            If the loss or a weight is not finite: the weights that are shown are still
+            finite ones.
+        DeviceMemoryError
+            If memory runs out six times.
+        """
+        self.note = ""
+        before = self._mark()
         with deterministic(self._config.deterministic):
-            loss, total = self._update()
+            value: float = self._within_memory(self._learn, lambda: self._undo(before))
         self.steps += 1
         self._average()
-        value, whole = float(loss.detach()), float(total.detach())
-        if not math.isfinite(whole):
-            raise TrainingError(
-                f"The loss must stay finite, got {whole} at step {self.steps}. Start "
-                "over with a smaller `learning_rate`."
-            )
-        if self.scored_now and self.judge:
-            told = self.judge(self.model(), self.steps)
-            known = Score.known(told if math.isfinite(told) else 0.0)
-            self.estimates = {self._shown.depths[-1]: known}
-        elif self.scored_now:
-            self.estimates = self._scorer.measure(
-                self._shown, self._prior(), half=self._config.mixed_precision
-            )
+        if self.scored_now:
+            self.estimates = self._within_memory(self._measure, lambda: None)
         return value
 
-    def _update(self) -> tuple[Tensor, Tensor]:
-        """Change the weights once; return the loss and all that was minimised."""
+    def _within_memory(self, work: Callable[[], Any], undo: Callable[[], None]) -> Any:
+        """Do some work, with less at once each time that memory runs out."""
+        for left in reversed(range(_TRIES)):
+            try:
+                return work()
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            # Only out here are the error's frames gone, which hold the tensors.
+            self._optimizer.zero_grad(set_to_none=True)
+            undo()
+            release_memory()
+            # Alone, one of several processes cannot begin anew.
+            if not left or self._team.size > 1 or not self._take_less():
+                break
+        raise DeviceMemoryError(
+            "The device has no memory left for a training step, not even for "
+            f"{self._config.batch} patch(es) of {self._config.patch} px. Choose a "
+            "smaller network, close other programs, or use device='cpu'."
+        )
+
+    def _take_less(self) -> bool:
+        """Halve the batch, or else the patch; False if there is no less."""
+        c, least = self._config, max(_LEAST, self._start.network.multiple())
+        if c.batch > 1:
+            c = c.replaced(batch=c.batch // 2)
+        elif c.patch // 2 >= least:
+            c = c.replaced(patch=c.patch // 2)
+        else:
+            return False
+        self._use(c)
+        self.note = (
+            f"Memory ran out: from step {self.steps + 1} on, the batch is "
+            f"{c.batch} x {c.patch} px."
+        )
+        return True
+
+    def _use(self, config: TrainConfig) -> None:
+        """Go on with another batch or patch."""
+        self._config = config
+        self._read(self._examples)
+        if self._fresh is not None:
+            self._look_at(self._fresh_strokes)
+
+    def _mark(self) -> tuple[Any, ...]:
+        """Return what a step changes before it changes the weights for good."""
+        learned = [p for _, p in self._learned()]
+        memory = {p: dict(self._optimizer.state.get(p, {})) for p in learned}
+        # Adam's fused update is done as a whole or not at all, all but its counter.
+        kept = [s["step"] for s in memory.values() if "step" in s]
+        if self._config.optimizer == "sgd":
+            kept = [*learned, *(v for s in memory.values() for v in s.values())]
+        kept += list(self.network.buffers())
+        return (
+            chance(self._rng),
+            self._generator.get_state(),
+            self._frequency,
+            memory,
+            [(t, t.detach().clone()) for t in kept if t is not None],
+        )
+
+    @torch.no_grad()
+    def _undo(self, mark: tuple[Any, ...]) -> None:
+        rng, generator, frequency, memory, kept = mark
+        set_chance(self._rng, rng)
+        self._generator.set_state(generator)
+        self._frequency = frequency
+        self._optimizer.state.clear()
+        for weight, remembered in memory.items():
+            if remembered:
+                self._optimizer.state[weight].update(remembered)
+        for tensor, value in kept:
+            tensor.copy_(value)
+
+    def _measure(self) -> dict[int, Score]:
+        if self.judge:
+            told = self.judge(self.model(), self.steps)
+            known = Score.known(told if math.isfinite(told) else 0.0)
+            return {self._shown.depths[-1]: known}
+        return self._scorer.measure(
+            self._shown, self._prior(), half=self._config.mixed_precision
+        )
+
+    def _learn(self) -> float:
+        """Change the weights once and return the loss."""
         if schedule.thaws(self._config, self.steps):
             schedule.freeze(self.network, self._config, self.steps)
             self._optimizer = self._make_optimizer()
         schedule.train_mode(self.network, self._config, self.steps)
         patches, target = self.batch()
-        with autocast(self._device, self._config.mixed_precision), self._dropout():
-            heads = self.network(patches, self._depth())
+        with autocast(self.device, self._config.mixed_precision), self._dropout():
+            own = patches[self._team.share(len(patches))]
+            heads = self._team.joined(self.network(own, self._depth()))
         loss = self._loss(heads, target)
         total = loss + self._between_strokes(heads, patches)
         self._optimizer.zero_grad(set_to_none=True)
         total.backward()  # type: ignore[no-untyped-call]
+        weights = [p for _, p in self._learned()]
+        self._team.add_up([p.grad for p in weights if p.grad is not None])
+        # The device is asked only now, when it has the whole step to work on.
+        self._check_finite("loss", float(total.detach()), patches)
         if self._config.clip:
-            torch.nn.utils.clip_grad_norm_(self.network.parameters(), self._config.clip)
+            torch.nn.utils.clip_grad_norm_(weights, self._config.clip)
         for group in self._optimizer.param_groups:
             group["lr"] = schedule.rate(self._config, self.steps)
         self._optimizer.step()
-        return loss, total
+        if self._averages(self.steps + 1):
+            # Before they reach what is shown; all else is caught by the next loss.
+            self._check_finite("weights", _size(weights), patches)
+        return float(loss.detach())
+
+    def _check_finite(self, what: str, value: float, patches: Tensor) -> None:
+        if math.isfinite(value):
+            return
+        bad = ~torch.isfinite(patches).flatten(1).all(1).cpu().numpy()
+        remedy = "Start over with a smaller `learning_rate`."
+        if bad.any():
+            remedy = (
+                f"Image {int(self._drawn[bad][0]) + 1} holds values that are not: "
+                "repair it or leave it out."
+            )
+        raise TrainingError(
+            f"The {what} must stay finite, got {value} at step {self.steps + 1}. "
+            f"{remedy}"
+        )
 
     def _depth(self) -> int:
         """Return how deep this step goes: 1, 2, 1, 3, 1, 2, 1, 4, 1, ...
@@ -337,9 +468,11 @@ class Trainer:
         if not self.network.config.dropout:
             yield
             return
-        devices = [self._device] if self._device.type == "cuda" else []
+        devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed((self._seed * 1_000_003 + self.steps) % 2**63)
+            torch.manual_seed(
+                (self._seed * 1_000_003 + self.steps + (self._team.rank << 40)) % 2**63
+            )
             yield
 
     def _loss(self, heads: list[Tensor], target: Tensor) -> Tensor:
@@ -376,19 +509,27 @@ class Trainer:
         share = self._frequency / max(self._frequency.sum(), 1e-9)
         weights = np.maximum(share, 1e-3) ** -self._config.balance
         return torch.as_tensor(weights / weights.mean(), dtype=torch.float32).to(
-            self._device
+            self.device
         )
+
+    def _averages(self, step: int) -> int:
+        """Return for how many steps the average moves after this one.
+
+        A pass over all weights costs a tenth of a step of UNet++; once the window is
+        long, one for several steps moves the average as far as one for each did.
+        """
+        age = step - self._averaged_from
+        several = _SEVERAL if self._config.averaging and age > _LONG else 1
+        return 0 if age % several else several
 
     @torch.no_grad()
     def _average(self) -> None:
         """Follow the weights with a window that grows with the steps."""
+        several = self._averages(self.steps)
+        if not several:
+            return
         power = self._config.averaging + 1
         steps = self.steps - self._averaged_from
-        # A pass over all weights costs a tenth of a step of UNet++; once the window is
-        # long, one for several steps moves the average as far as one for each did.
-        several = _SEVERAL if self._config.averaging and steps > _LONG else 1
-        if steps % several:
-            return
         keep = (1 - several / (steps + 1)) ** power if self._config.averaging else 0.0
         shown: list[Tensor] = list(self._shown.parameters())
         torch._foreach_lerp_(shown, list(self.network.parameters()), 1 - keep)
@@ -417,7 +558,7 @@ class Trainer:
             "napari_unetpp": __version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
-            "device": str(self._device),
+            "device": str(self.device),
             "threads": torch.get_num_threads(),
             "seed": self._seed,
             "steps": self.steps,
@@ -453,11 +594,11 @@ class Trainer:
         return Checkpoint(
             model.contents(),
             {
-                "settings": self._config.to_dict(),
+                "settings": self._wished.to_dict(),
                 "seed": self._seed,
                 "parent": self._start.provenance.get("digest"),
             },
-            environment(self._device),
+            environment(self.device),
             data_table(examples.fingerprints, examples.numbers),
             np.array(steps, np.float64).reshape(-1, 4),
             self.state(),
@@ -489,6 +630,8 @@ class Trainer:
             "frequency": self._frequency.tolist(),
             "rng": chance(self._rng),
         }
+        if self._config != self._wished:  # memory has run out
+            values["less"] = [self._config.batch, self._config.patch]
         return State(
             {k: v.detach().cpu().clone().numpy() for k, v in tensors.items()},
             {
@@ -524,6 +667,11 @@ class Trainer:
             If it is not the state of such a trainer.
         """
         values, tensors = state.values, dict(state.tensors)
+        if "less" in values:
+            batch, patch = values["less"]
+            check_whole(batch, 1, self._wished.batch)
+            check_whole(patch, 1, self._wished.patch)
+            self._use(self._wished.replaced(batch=batch, patch=patch))
         for start, network in (("network.", self.network), ("shown.", self._shown)):
             own = {k: tensors.pop(start + k) for k in network.state_dict()}
             _load(network, own)
@@ -572,7 +720,7 @@ class Trainer:
                 raise ValueError(f"what the optimizer knows of {name} is not complete.")
             for key, array in found.items():
                 # The layout in memory is the weight's, as the optimizer makes it.
-                like = weight if key != "step" else torch.zeros((), device=self._device)
+                like = weight if key != "step" else torch.zeros((), device=self.device)
                 self._optimizer.state[weight][key] = _copied(array, like)
         if tensors:
             raise ValueError(f"it holds more than its network: {min(tensors)[:64]}.")
@@ -599,6 +747,14 @@ class Trainer:
 def is_scored(step: int, every: int | None = None) -> bool:
     """Return whether the held-out score is measured after this step."""
     return step > 0 and step % (every or _SCORE_EVERY) == 0
+
+
+@torch.no_grad()
+def _size(tensors: Sequence[Tensor]) -> float:
+    """Return one number that is finite where all these are."""
+    if not tensors:
+        return 0.0
+    return float(torch.stack([t.sum() for t in tensors]).sum())  # a norm takes longer
 
 
 def _load(network: torch.nn.Module, arrays: dict[str, NDArray[Any]]) -> None:

@@ -55,6 +55,7 @@ class TrainDock(TrainFace):
         self._trouble = ""
         self._waiting = ""
         self._score: float | None = None
+        self._note = ""
         self._held = _UNKNOWN
         self._holds_out = True
         self._loaded: str | None = None
@@ -312,6 +313,10 @@ class TrainDock(TrainFace):
             f"Step {self.link.steps:,} · {message.rate:.1f} steps/s · "
             f"{_clock(last.seconds)} · IoU {self._held}"
         )
+        if message.note != self._note:
+            self._note = message.note
+            if message.note:
+                self._tell(message.note)
         if known != (last.score is not None):
             self._show_coach()
 

@@ -13,7 +13,12 @@ import traceback
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
-from napari_unetpp.errors import DeviceMemoryError, SaveError, TrainingError
+from napari_unetpp.errors import (
+    DeviceError,
+    DeviceMemoryError,
+    SaveError,
+    TrainingError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -26,7 +31,7 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EFBIG}
 
 def exit_code(error: BaseException) -> int:
     """Return the exit code for an error: 1, 2, 3 or 4, see `main`."""
-    if isinstance(error, TrainingError):
+    if isinstance(error, (TrainingError, DeviceError)):
         return 1
     if isinstance(error, (SaveError, DeviceMemoryError, MemoryError)):
         return 4

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from napari_unetpp import io
+from napari_unetpp import io, parallel
 from napari_unetpp.cli.console import Console, count, quoted
-from napari_unetpp.errors import DeviceMemoryError, SaveError
+from napari_unetpp.errors import DeviceError, DeviceMemoryError, SaveError
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -85,6 +85,8 @@ def learn(
                 step = next(training)
             except StopIteration as end:
                 return end.value  # type: ignore[no-any-return]
+            if step.note:
+                console.tell(step.note)
             bar.n = min(total, step.seconds if by_time else step.step)
             score = "" if step.score is None else f", held-out IoU {step.score:.2f}"
             bar.set_postfix_str(f"step {step.step}, loss {step.loss:.3f}{score}")
@@ -100,7 +102,7 @@ def resumable(console: Console, options: Namespace, rolling: Rolling) -> Iterato
     """Tell how to go on with a training that something has ended too early."""
     try:
         yield
-    except (KeyboardInterrupt, DeviceMemoryError, SaveError):
+    except (KeyboardInterrupt, DeviceError, DeviceMemoryError, SaveError):
         tell_resume(console, options, rolling)
         raise
 
@@ -108,7 +110,7 @@ def resumable(console: Console, options: Namespace, rolling: Rolling) -> Iterato
 def tell_resume(console: Console, options: Namespace, rolling: Rolling) -> None:
     """Tell how to go on, if there is something to go on with."""
     rolling.wait()
-    if rolling.exists():
+    if rolling.exists() and not parallel.team().rank:
         replace = " --overwrite" if options.out.exists() else ""
         console.tell(
             f"the training is kept in {quoted(rolling.path)}; to go on, give the same "

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from napari_unetpp import batch, io
+from napari_unetpp import batch, io, parallel
 from napari_unetpp.checkpoint import Rolling
 from napari_unetpp.cli import jobs, learning, recipes, running
 from napari_unetpp.cli.console import REPLACE, count, plain, quoted, score, table
@@ -27,9 +27,19 @@ _DEMO_NETWORK = "unet"  # learns most in half a minute
 
 
 def train(options: Namespace, console: Console) -> int:
-    """Learn from annotated images and write the model."""
+    """Learn from annotated images and write the model; torchrun starts several."""
+    if not parallel.asked():
+        return (
+            running.run(options, console) if options.run else _train(options, console)
+        )
     if options.run:
-        return running.run(options, console)
+        raise ValueError("--run trains in one process. Leave out torchrun, or --run.")
+    with parallel.together(options.device) as options.device:
+        console.quiet = console.quiet or parallel.team().rank > 0
+        return _train(options, console)
+
+
+def _train(options: Namespace, console: Console) -> int:
     config = recipes.config_of(options)
     pairs, pictures, coded = _training_files(options, console)
     rolling = _checkpoint(options, pairs)
@@ -67,6 +77,8 @@ def train(options: Namespace, console: Console) -> int:
             f"training on {count(len(pairs), 'image')}; Ctrl-C stops and saves"
         )
         model = learning.learn(console, training, stop, **limit)
+        if parallel.team().rank:
+            return stop.code  # the first process writes and prints
         learning.save(model, options.out, overwrite=options.overwrite)
         if stop.is_set():
             learning.tell_resume(console, options, rolling)

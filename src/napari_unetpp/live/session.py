@@ -13,7 +13,7 @@ import numpy as np
 from napari_unetpp import io
 from napari_unetpp.checkpoint import Rolling, check_whole, not_usable, telling
 from napari_unetpp.config import TrainConfig
-from napari_unetpp.device import describe, is_out_of_memory, resolve_device
+from napari_unetpp.device import describe, guarded, is_out_of_memory, resolve_device
 from napari_unetpp.errors import DeviceMemoryError
 from napari_unetpp.examples import ExampleBook, Examples
 from napari_unetpp.heldout import HeldOut, count
@@ -107,7 +107,7 @@ def live_steps(
 
     Raises
     ------
-    ValueError, TrainingError, DeviceMemoryError, SaveError, ModelFileError
+    ValueError, TrainingError, DeviceMemoryError, DeviceError, SaveError, ModelFileError
         As `train_steps`.
     """
     import torch._dynamo  # noqa: F401  # any optimizer imports it at its first step
@@ -130,7 +130,8 @@ def live_steps(
     while stop is None or not stop.is_set():
         wishes = mailbox.latest()
         try:
-            yield from session.advance(wishes)
+            with telling(rolling), guarded(session.device):
+                yield from session.advance(wishes)
             session.keep()
             if session.idle:
                 if showing and not wishes.training and session.untrained:
@@ -212,7 +213,7 @@ class _Session:
         self._network = network
         self._config = config
         self._seed = seed
-        self._device = device
+        self.device = device
         self._trainer: Trainer | None = None
         self._examples: Examples | None = None
         self._seen: Strokes = ()
@@ -226,6 +227,7 @@ class _Session:
         self._rolling: Rolling | None = None
         self._found: Checkpoint | None = None  # until its training goes on
         self._before = 0.0  # s of training in earlier processes
+        self._note = ""  # news can be dropped on their way: the newest one is repeated
         self.waiting = Waiting("")
         self.idle = False
         channels = book.sources[0].channels
@@ -319,7 +321,7 @@ class _Session:
             self._examples,
             self._config,
             seed=self._seed,
-            device=self._device,
+            device=self.device,
         )
         self._trainer.resumed = resumed
         self._go_on(base)
@@ -329,7 +331,7 @@ class _Session:
     def _started(self, model: Model) -> Started:
         self._unpriced = list(model.network.depths)
         return Started(
-            model.config.name, describe(self._device), tuple(model.network.depths)
+            model.config.name, describe(self.device), tuple(model.network.depths)
         )
 
     # --- checkpoints --------------------------------------------------------------
@@ -389,12 +391,14 @@ class _Session:
             raise ValueError("There is nothing to train: no strokes were taken over.")
         with self._clock.training(), telling(self._rolling):
             loss = self._trainer.step()
+        self._note = self._trainer.note or self._note
         self._history.append(
             TrainStep(
                 len(self._history) + 1,
                 loss,
                 self._before + self._clock.seconds,
                 self._trainer.score,
+                self._trainer.note,
             )
         )
         estimates = tuple(self._trainer.estimates.items())
@@ -405,6 +409,7 @@ class _Session:
             scores,
             estimates,
             self._trainer.held_out.fraction > 0,
+            self._note,
         )
 
     def result(self) -> Model | None:
@@ -475,7 +480,7 @@ class _Session:
                     self._book.sources,
                     model,
                     wishes,
-                    self._device,
+                    self.device,
                     len(self._history) if new or preview is None else preview.step,
                     preview,
                     fast=training,
