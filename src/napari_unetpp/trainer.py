@@ -285,7 +285,7 @@ class Trainer:
         Raises
         ------
         TrainingError
-            If the loss, a gradient or a weight is not finite: the weights that are
+            If the loss or a weight is not finite: the weights that are
             shown are still those of the step before.
         DeviceMemoryError
             If memory runs out six times.
@@ -394,7 +394,6 @@ class Trainer:
         self._team.add_up(slopes)
         # The device is asked only now, when it has the whole step to work on.
         self._check_finite("loss", float(total.detach()), patches)
-        self._check_finite("gradient", _size(slopes), patches)
         self._optimizer.step()
         self._check_finite("weights", _size(weights), patches)
         return float(loss.detach())
@@ -701,7 +700,7 @@ def _size(tensors: Sequence[Tensor]) -> float:
     """Return one number that is finite where all these are."""
     if not tensors:
         return 0.0
-    return float(torch.stack(torch._foreach_norm(list(tensors), math.inf)).sum())
+    return float(torch.stack([t.sum() for t in tensors]).sum())  # a norm takes longer
 
 
 def _load(network: torch.nn.Module, arrays: dict[str, NDArray[Any]]) -> None:
