@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -138,7 +139,8 @@ def predict_files(
         Before anything is done: if an argument is out of range, or an output is an
         input, exists, or would be made twice.
     SaveError
-        If the output folder is write-protected or cannot be made.
+        If the output folder is write-protected, cannot be made, or another run writes
+        into it.
     """
     from napari_unetpp.predict import predict_tiles
 
@@ -185,8 +187,18 @@ class _Job:
     def steps(
         self, targets: Sequence[Target], skip_existing: bool
     ) -> Iterator[BatchStep]:
-        for folder in {f.parent for t in targets for f in t.files}:
-            make_folder(folder)
+        files = [f for t in targets for f in t.files]
+        with ExitStack() as locks:
+            for folder in sorted({f.parent for f in files}):
+                make_folder(folder)
+                locks.enter_context(io.lock(folder))
+            for file in files:
+                io.sweep(file)
+            yield from self._images(targets, skip_existing)
+
+    def _images(
+        self, targets: Sequence[Target], skip_existing: bool
+    ) -> Iterator[BatchStep]:
         for number, target in enumerate(targets, start=1):
             start = BatchStep("started", number, len(targets), target)
             if self._stopped():

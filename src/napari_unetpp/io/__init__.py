@@ -18,12 +18,14 @@ from napari_unetpp.io.images import (
     write_labels,
     write_png,
 )
+from napari_unetpp.io.lock import lock, sweep, take
 
 __all__ = [
     "SUFFIXES",
     "Probe",
     "atomic_write",
     "list_images",
+    "lock",
     "opened",
     "pair_by_stem",
     "probe",
@@ -31,6 +33,8 @@ __all__ = [
     "read_labels",
     "rotate",
     "shown",
+    "sweep",
+    "take",
     "write_labels",
     "write_png",
     "write_text",
