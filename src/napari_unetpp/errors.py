@@ -27,6 +27,10 @@ class SaveError(UnetppError):
     """A file could not be written; whatever stood there before is still there."""
 
 
+class InUseError(SaveError):
+    """Another process writes there at this moment."""
+
+
 class DeviceMemoryError(UnetppError):
     """The device ran out of memory although smaller pieces were tried."""
 

@@ -15,7 +15,6 @@ import math
 import os
 import re
 import secrets
-import sys
 import threading
 import time
 import weakref
@@ -30,6 +29,7 @@ import platformdirs
 from napari_unetpp import checkpoint
 from napari_unetpp.errors import ModelFileError, RecoveryFileError
 from napari_unetpp.io.files import atomic_write, opened, shown
+from napari_unetpp.io.lock import take
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -446,7 +446,7 @@ class Store:
                 flags = os.O_RDWR | os.O_CREAT
                 descriptor = os.open(self._lock_of(self.session), flags, 0o600)
                 self._lock = weakref.finalize(self, os.close, descriptor)
-                _lock(descriptor)
+                take(descriptor)
 
     def _lock_of(self, session: str) -> Path:
         return self.folder / f"{session}.lock"
@@ -457,7 +457,7 @@ class Store:
             return True
         try:
             with open(self._lock_of(session), "r+b") as file:
-                _lock(file.fileno())
+                take(file.fileno())
         except FileNotFoundError:
             return False
         except OSError:
@@ -496,15 +496,3 @@ class Store:
                 with contextlib.suppress(OSError):
                     path.unlink()
                     size -= bytes_
-
-
-def _lock(descriptor: int) -> None:
-    """Take the lock that the system gives back when the process ends, or raise."""
-    if sys.platform == "win32":
-        import msvcrt
-
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

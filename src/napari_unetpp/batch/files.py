@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -16,7 +17,7 @@ from napari_unetpp.config import check_number
 from napari_unetpp.errors import ImageFileError, SaveError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -310,6 +311,25 @@ def make_folder(path: Path) -> None:
             f"The folder `{io.shown(path)}` cannot be made: {error.strerror or error}. "
             "Choose another one."
         ) from error
+
+
+@contextmanager
+def alone(targets: Sequence[Target]) -> Iterator[None]:
+    """Be the only run that writes into the folders of these outputs.
+
+    Raises
+    ------
+    SaveError
+        If a folder cannot be made or written into, or another run writes there.
+    """
+    files = [f for t in targets for f in t.files]
+    with ExitStack() as locks:
+        for folder in sorted({f.parent for f in files}):
+            make_folder(folder)
+            locks.enter_context(io.lock(folder))
+        for file in files:
+            io.sweep(file)
+        yield
 
 
 def write_probabilities(

@@ -14,8 +14,8 @@ import numpy as np
 from napari_unetpp import cluster, io
 from napari_unetpp.batch.files import (
     REPLACE,
+    alone,
     check_targets,
-    make_folder,
     read_picture,
     write_probabilities,
 )
@@ -104,7 +104,8 @@ def predict_files(
         Before anything is done: if an argument is out of range, or an output is an
         input, exists, or would be made twice.
     SaveError
-        If the output folder is write-protected or cannot be made.
+        If the output folder is write-protected, cannot be made, or another run writes
+        into it.
     """
     from napari_unetpp.predict import predict_tiles
 
@@ -117,7 +118,7 @@ def predict_files(
     predict_tiles(model, nothing, channel_axis=0, **options)  # type: ignore[arg-type]
     shared = cluster.Wanted(workers, scheduler)
     if shared:
-        options |= {"channel_axis": channel_axis, "overwrite": replace}
+        options |= {"channel_axis": channel_axis}
         return shared_steps(
             model, targets, options, skip_existing, shared, stop, _in_worker
         )
@@ -129,11 +130,13 @@ def predict_files(
 
 def _in_worker(blob: bytes, item: tuple[int, Target]) -> Exception | None:
     """Label an image in a worker; return what went wrong."""
-    job = cluster.unpacked(blob)
-    # A worker that died may have written the labels before.
-    options = job.options | {"overwrite": True}
-    steps = predict_files(model_of(job.model), [item[1]], **options)
-    return [step.error for step in steps][-1]
+    shared = cluster.unpacked(blob)
+    options = dict(shared.options)
+    axis = options.pop("channel_axis")
+    # The one that shares the work out holds the lock of the folder. A worker that died
+    # may have written the labels before.
+    job = _Job(model_of(shared.model), options, axis, replace=True, stop=None)
+    return [step.error for step in job.images([item[1]], skip_existing=False)][-1]
 
 
 class _Stopped(Exception):
@@ -166,8 +169,12 @@ class _Job:
     def steps(
         self, targets: Sequence[Target], skip_existing: bool
     ) -> Iterator[BatchStep]:
-        for folder in {f.parent for t in targets for f in t.files}:
-            make_folder(folder)
+        with alone(targets):
+            yield from self.images(targets, skip_existing)
+
+    def images(
+        self, targets: Sequence[Target], skip_existing: bool
+    ) -> Iterator[BatchStep]:
         for number, target in enumerate(targets, start=1):
             start = BatchStep("started", number, len(targets), target)
             if self._stopped():

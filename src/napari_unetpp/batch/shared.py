@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from napari_unetpp import cluster
-from napari_unetpp.batch.files import make_folder
+from napari_unetpp.batch.files import alone
 from napari_unetpp.batch.steps import BatchStep
 from napari_unetpp.errors import SaveError
 
@@ -71,7 +71,12 @@ def shared_steps(
                 f"Workers read and write files themselves, `{target.title}` is none, "
                 "or nothing is made of it. Leave out `workers` and `scheduler`."
             )
-    return _steps(model, targets, options, skip_existing, wanted, stop, work)
+    return _alone(model, targets, options, skip_existing, wanted, stop, work)
+
+
+def _alone(model: Model, targets: Sequence[Target], *rest: Any) -> Iterator[BatchStep]:
+    with alone(targets):
+        yield from _steps(model, targets, *rest)
 
 
 def _steps(
@@ -83,8 +88,6 @@ def _steps(
     stop: Stop | None,
     work: Callable[[bytes, tuple[int, Target]], Exception | None],
 ) -> Iterator[BatchStep]:
-    for folder in {f.parent for t in targets for f in t.files}:
-        make_folder(folder)
     todo: dict[int, BatchStep] = {}
     for number, target in enumerate(targets, start=1):
         step = BatchStep("started", number, len(targets), target)

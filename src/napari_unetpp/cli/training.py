@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +42,30 @@ def train(options: Namespace, console: Console) -> int:
 
 def _train(options: Namespace, console: Console) -> int:
     config = recipes.config_of(options)
-    pairs, pictures, coded = _training_files(options, console)
-    rolling = _checkpoint(options, pairs)
+    files = _training_files(options, console)
+    path = options.checkpoint or options.out.with_suffix(".checkpoint.safetensors")
+    batch.check_output(path, _inputs(options, files[0]), overwrite=True)
+    with ExitStack() as locks:
+        if not parallel.team().rank:  # the one that writes
+            locks.enter_context(io.lock(options.out))
+            locks.enter_context(io.lock(path))
+            io.sweep(options.out)
+        return _learn(options, console, config, files, _checkpoint(options, path))
+
+
+def _inputs(options: Namespace, pairs: Sequence[tuple[Path, Path]]) -> list[Path]:
+    """Return the files that no checkpoint may replace."""
+    return [options.out, options.base or pairs[0][0], *(f for p in pairs for f in p)]
+
+
+def _learn(
+    options: Namespace,
+    console: Console,
+    config: TrainConfig,
+    files: tuple[list[tuple[Path, Path]], list[batch.Picture], list[Any]],
+    rolling: Rolling,
+) -> int:
+    pairs, pictures, coded = files
     from napari_unetpp import api
 
     base = api.load_model(options.base) if options.base else None
@@ -145,13 +168,10 @@ def _training_files(
     return pairs, pictures, jobs.read_annotations(pairs, pictures)
 
 
-def _checkpoint(options: Namespace, pairs: Sequence[tuple[Path, Path]]) -> Rolling:
+def _checkpoint(options: Namespace, path: Path) -> Rolling:
     """Return where checkpoints go; a training that did not end is never lost."""
     if options.changed_data and not options.resume:
         raise ValueError("--changed-data says how to go on: add --resume.")
-    path = options.checkpoint or options.out.with_suffix(".checkpoint.safetensors")
-    inputs = [options.out, *(file for pair in pairs for file in pair)]
-    batch.check_output(path, [*inputs, options.base or inputs[0]], overwrite=True)
     rolling = Rolling(path)
     if rolling.exists() and not options.resume:
         if not options.overwrite:

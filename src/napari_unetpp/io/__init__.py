@@ -20,6 +20,7 @@ from napari_unetpp.io.images import (
 )
 from napari_unetpp.io.labels import Labels, create_labels, is_labels, ordered
 from napari_unetpp.io.lazy import Axis, LazyImage, needed, open_image, plain_axes
+from napari_unetpp.io.lock import lock, sweep, take
 from napari_unetpp.io.unfinished import Part, part
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "create_labels",
     "is_labels",
     "list_images",
+    "lock",
     "needed",
     "open_image",
     "opened",
@@ -45,6 +47,8 @@ __all__ = [
     "read_labels",
     "rotate",
     "shown",
+    "sweep",
+    "take",
     "write_labels",
     "write_png",
     "write_text",

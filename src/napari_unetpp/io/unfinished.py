@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from napari_unetpp.errors import SaveError
 from napari_unetpp.io.files import rotate, shown, write_text
+from napari_unetpp.io.lock import take
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -163,24 +164,10 @@ def _same_file(descriptor: int, path: Path) -> bool:
         return False
 
 
-if sys.platform == "win32":
-    import msvcrt
-
-    def _lock(descriptor: int) -> bool:
-        """Take the lock, which ends with the process."""
-        try:
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        return True
-
-else:
-    import fcntl
-
-    def _lock(descriptor: int) -> bool:
-        """Take the lock, which ends with the process."""
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return False
-        return True
+def _lock(descriptor: int) -> bool:
+    """Take the lock, which ends with the process."""
+    try:
+        take(descriptor)
+    except OSError:
+        return False
+    return True
