@@ -110,6 +110,7 @@ TRAIN = {
     "flip": ((True, False), (1, None)),
     "right_angles": ((True, False), (0, None)),
     "mixed_precision": ((True, False), (1, "no")),
+    "pooled_norms": ((True, False), (1, "no")),
     "deterministic": ((True, False), (1, "no")),
     "nesterov": ((True, False), (1, None)),
     "schedule": (("constant",), ("linear", None)),

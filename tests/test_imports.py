@@ -51,7 +51,7 @@ TABLE = {
     "examples": "preprocess config errors",
     "checkpoint": "modelfile io config errors",
     "trainer": "model checkpoint losses augment sampling heldout score examples"
-    " parallel schedule device config errors",
+    " parallel schedule networks device config errors",
     "pretrained": "model networks io errors",
     "train": "trainer pretrained model networks checkpoint examples preprocess device"
     " parallel io config errors",

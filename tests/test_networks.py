@@ -1094,3 +1094,24 @@ def test_heads_of_the_published_unetpp_stand_alone():
     heads = network(noise(1, 1, 32, 32))
     assert not torch.equal(heads[0], heads[1])
     assert len(network.score_biases()) == 4
+
+
+def test_a_pooled_group_norm_takes_the_batch_as_one_image() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn((3, 16, 5, 7), generator=generator) * 3 + 1
+    x = x.to(memory_format=torch.channels_last).requires_grad_()
+    norm = GroupNorm(16)
+    norm.pooled = True
+    y = norm(x)
+    slope = torch.randn(y.shape, generator=generator)
+    (y * slope).sum().backward()
+    twin = x.detach().double().requires_grad_()
+    flat = twin.transpose(0, 1).reshape(1, 16, 15, 7)  # the samples one below another
+    expected = torch.nn.functional.group_norm(flat, 8)
+    expected = expected.reshape(16, 3, 5, 7).transpose(0, 1)
+    (expected * slope.double()).sum().backward()
+    torch.testing.assert_close(y, expected.float(), atol=1e-5, rtol=1e-5)
+    assert x.grad is not None
+    assert twin.grad is not None
+    torch.testing.assert_close(x.grad, twin.grad.float(), atol=1e-5, rtol=1e-4)
+    assert y.is_contiguous(memory_format=torch.channels_last)

@@ -80,10 +80,14 @@ def end(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
 @pytest.mark.parametrize(
     ("network", "config"),
     [
-        ("'unet++'", "patch=64, warp_after=5, mixed_precision=False"),
+        (
+            "'unet++'",
+            "patch=64, warp_after=5, mixed_precision=False, pooled_norms=False",
+        ),
         (
             "'unet'",
-            "patch=64, loss='dice', optimizer='sgd', mixed_precision=False",
+            "patch=64, loss='dice', optimizer='sgd', mixed_precision=False,"
+            " pooled_norms=False",
         ),
     ],
 )

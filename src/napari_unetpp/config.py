@@ -245,7 +245,7 @@ def _levels(name: str) -> int:
 
 
 _SWITCHES = (
-    "pretrained", "nesterov", "flip", "right_angles", "mixed_precision",
+    "pretrained", "pooled_norms", "nesterov", "flip", "right_angles", "mixed_precision",
     "deterministic",
 )  # fmt: skip
 
@@ -298,6 +298,11 @@ class TrainConfig(Settings):
     averaging : float
         Exponential moving average of the weights over the last 1/(1 + averaging) of
         the steps; 0 shows the raw weights.
+    pooled_norms : bool
+        With a single image, let group norms take their statistics from all patches of
+        a step together, as prediction takes them from the whole image: a patch alone
+        does not show how bright it is. With several images, or several processes,
+        each patch has its own.
     held_out : float
         Share of the positions whose strokes only score and never train, ever: it is
         decided at a model's first training and stays with the model.
@@ -353,6 +358,7 @@ class TrainConfig(Settings):
     balance: float = 1.0
     prior: float = 1.0
     averaging: float = 6.0
+    pooled_norms: bool = True
     held_out: float = 0.15
     score_every: int | None = None
     patience: int | None = None

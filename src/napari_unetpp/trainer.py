@@ -29,6 +29,7 @@ from napari_unetpp.device import (
 )
 from napari_unetpp.errors import DeviceMemoryError, TrainingError
 from napari_unetpp.heldout import HeldOut
+from napari_unetpp.networks.blocks import pool_norms
 from napari_unetpp.sampling import Draw, PatchSampler
 from napari_unetpp.score import Score, Scorer
 
@@ -412,6 +413,8 @@ class Trainer:
             schedule.freeze(self.network, self._config, self.steps)
             self._optimizer = self._make_optimizer()
         schedule.train_mode(self.network, self._config, self.steps)
+        alone = len(self._images) == 1 and self._team.size == 1
+        pool_norms(self.network, alone and self._config.pooled_norms)
         patches, target = self.batch()
         with autocast(self.device, self._config.mixed_precision), self._dropout():
             own = patches[self._team.share(len(patches))]

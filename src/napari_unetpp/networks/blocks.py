@@ -273,6 +273,8 @@ class GroupNorm(nn.GroupNorm):
     fixed : tuple of Tensor or None
         Scale and shift per channel, (1, C, 1, 1), used instead of the statistics of
         the input; None: as in torch.
+    pooled : bool
+        Whether a batch has one set of statistics instead of one for each sample.
 
     References
     ----------
@@ -285,9 +287,16 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(math.gcd(8, channels), channels)
         self.fixed = None
         self.measuring = False
+        self.pooled = False
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (N, C, H, W)."""
+        if self.pooled and len(x) > 1 and self.fixed is None and not self.measuring:
+            n, c, h, w = x.shape
+            rows = x.permute(0, 2, 3, 1)  # as channels-last maps lie in memory
+            one = self(rows.reshape(1, n * h, w, c).permute(0, 3, 1, 2))
+            back: Tensor = one.permute(0, 2, 3, 1).reshape(n, h, w, c)
+            return back.permute(0, 3, 1, 2)
         if self.measuring:
             self.fixed = self._measured(x)
         if self.fixed is None:
@@ -354,6 +363,13 @@ def release_norms(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, GroupNorm):
             module.fixed = None
+
+
+def pool_norms(network: nn.Module, pooled: bool) -> None:
+    """Let every group norm take its statistics over whole batches, or not."""
+    for module in network.modules():
+        if isinstance(module, GroupNorm):
+            module.pooled = pooled
 
 
 def norm_layer(norm: Norm, channels: int) -> nn.Module:
