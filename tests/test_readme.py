@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from napari_unetpp import api
+from napari_unetpp import api, errors
 from napari_unetpp.cli.parser import build_parser
 
 if TYPE_CHECKING:
@@ -51,11 +51,35 @@ def test_every_network_and_error_is_told() -> None:
     text = README.read_text(encoding="utf-8")
     for name in api.NETWORKS:
         assert name in text or name.removeprefix("fcn") in text
-    for name in (
-        "ModelFileError",
-        "SaveError",
-        "DeviceMemoryError",
-        "DeviceError",
-        "TrainingError",
-    ):
-        assert name in text
+
+
+def test_every_error_has_a_line_a_next_step_and_a_test() -> None:
+    assert without_line(README.read_text(encoding="utf-8")) == []
+    tests = "".join(
+        path.read_text(encoding="utf-8")
+        for path in Path(__file__).parent.rglob("test_*.py")
+        if path != Path(__file__)
+    )
+    for name in error_names():
+        assert re.search(rf"pytest\.raises\(\(?[\w, ]*{name}", tests), name
+
+
+def test_an_error_without_its_line_is_seen() -> None:
+    text = README.read_text(encoding="utf-8")
+    for name in error_names():
+        gone = "\n".join(line for line in text.splitlines() if name not in line)
+        assert name in without_line(gone)
+        assert name in without_line(f"{gone}\n| `{name}` | |")
+
+
+def error_names() -> list[str]:
+    own = {k for k, v in vars(errors).items() if isinstance(v, type)}
+    return sorted(own - {"UnetppError"})
+
+
+def without_line(text: str) -> list[str]:
+    """Return the errors that no row of the table of troubles gives a next step."""
+    table = text.partition("## Troubleshooting")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (.+) \| (.+) \|$", table, flags=re.MULTILINE)
+    told = " ".join(message for message, step in rows if step.strip())
+    return [name for name in error_names() if name not in told]
