@@ -57,12 +57,14 @@ def other(out: Path) -> Iterator[subprocess.Popen[str]]:
 
 @pytest.fixture
 def work(tmp_path: Path) -> tuple[Path, Path]:
-    """Return a model and an image."""
+    """Return a model and a folder of two images."""
     model = tmp_path / "m.safetensors"
     api.create_model("unet", classes=("a", "b"), width=4, levels=2).save(model)
-    image = tmp_path / "a.tif"
-    tifffile.imwrite(image, np.zeros((32, 32), np.uint8))
-    return model, image
+    images = tmp_path / "images"
+    images.mkdir()
+    for name in ("a.tif", "b.tif"):
+        tifffile.imwrite(images / name, np.zeros((32, 32), np.uint8))
+    return model, images
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
@@ -102,7 +104,17 @@ def test_predict_refuses_a_folder_in_use(
     other.kill()
     other.wait()
     assert main(command) == 0
-    assert [p.name for p in out.iterdir()] == ["a.tif"]
+    assert sorted(p.name for p in out.iterdir()) == ["a.tif", "b.tif"]
+
+
+def test_jobs_of_one_image_each_share_a_folder(
+    work: tuple[Path, Path], out: Path, other: subprocess.Popen[str]
+) -> None:
+    assert other.poll() is None  # it holds the folder
+    model, image = work[0], work[1] / "a.tif"
+    with io.lock(out / "a.tif"):
+        assert main(["predict", str(model), str(image), "-o", str(out)]) == 4
+    assert main(["predict", str(model), str(image), "-o", str(out)]) == 0
 
 
 def test_a_window_is_refused_as_the_command_is(

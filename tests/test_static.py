@@ -31,7 +31,15 @@ SHOWS = {"show_info", "show_warning", "show_error", "setToolTip", "setWhatsThis"
 # What one place may do and no other: the reason is its docstring or comment.
 MAY = {
     "io.files": {"open", "os.open", "os.replace"},  # the one writer
-    "recovery": {"os.open", "open"},  # the file that is locked; it stays empty
+    # Files that are locked; they stay empty.
+    "recovery": {"os.open", "open"},
+    "io.lock": {"os.open"},
+    # What is not complete: a lock, and a manifest that grows by whole lines, each of
+    # which is checked when it is read.
+    "io.unfinished": {"open"},
+    # zarr writes each chunk beside its place and renames it.
+    "io.labels": {"zarr.open_array", "zarr.config.set", "zarr.create_group"},
+    "io.lazy": {"np.memmap", "zarr.open_array"},  # both for reading
     "cli.console": {"os.open"},  # /dev/null in the place of a closed stdout
 }
 

@@ -315,7 +315,7 @@ def make_folder(path: Path) -> None:
 
 @contextmanager
 def alone(targets: Sequence[Target]) -> Iterator[None]:
-    """Be the only run that writes into the folders of these outputs.
+    """Be the only run that writes into the folders of these outputs, or its one file.
 
     Raises
     ------
@@ -326,7 +326,11 @@ def alone(targets: Sequence[Target]) -> Iterator[None]:
     with ExitStack() as locks:
         for folder in sorted({f.parent for f in files}):
             make_folder(folder)
-            locks.enter_context(io.lock(folder))
+            if len(targets) > 1:
+                locks.enter_context(io.lock(folder))
+        if len(targets) == 1:  # many jobs of an image each may share a folder
+            for file in files:
+                locks.enter_context(io.lock(file))
         for file in files:
             io.sweep(file)
         yield
