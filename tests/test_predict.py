@@ -14,7 +14,13 @@ from napari_unetpp.errors import DeviceMemoryError
 from napari_unetpp.model import Model, create_model
 from napari_unetpp.networks.blocks import GroupNorm, measure_norms
 from napari_unetpp.networks.unet import UNet
-from napari_unetpp.predict import Tile, predict, predict_proba, predict_tiles
+from napari_unetpp.predict import (
+    Tile,
+    most_likely,
+    predict,
+    predict_proba,
+    predict_tiles,
+)
 from napari_unetpp.preprocess import reflect
 
 if TYPE_CHECKING:
@@ -647,3 +653,12 @@ def test_nan_is_refused() -> None:
 def test_depth_may_be_named_where_there_is_one() -> None:
     model, image = model_of("unet", levels=2), picture(9, 9)
     np.testing.assert_array_equal(predict(model, image, depth=2), predict(model, image))
+
+
+@pytest.mark.parametrize("n_classes", [1, 2, 5, 255])
+def test_the_most_likely_class_is_the_first_of_the_largest(n_classes: int) -> None:
+    rng = np.random.default_rng(0)
+    values = rng.integers(0, 4, (n_classes, 9, 11)).astype(np.float32)  # many are equal
+    labels = most_likely(torch.from_numpy(values), 1)
+    assert labels.dtype == torch.uint8
+    np.testing.assert_array_equal(labels.numpy(), values.argmax(0) + 1)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 
 from napari_unetpp import cluster, io
 from napari_unetpp.device import is_out_of_memory, resolve_device
@@ -18,6 +17,7 @@ from napari_unetpp.predict import (
     Geometry,
     PlanePredictor,
     default_tile,
+    most_likely,
     smaller_parts,
     working_copy,
 )
@@ -152,7 +152,7 @@ class Engine:
                 slice(a - start, b - start)
                 for (a, b), (start, _) in zip(part, core, strict=True)
             )
-            labels[here] = (found.argmax(0) + shift).to(torch.uint8).numpy()
+            labels[here] = most_likely(found, shift).numpy()
         return labels
 
 

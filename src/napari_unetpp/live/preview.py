@@ -15,6 +15,7 @@ from napari_unetpp.predict import (
     Geometry,
     PlanePredictor,
     default_tile,
+    most_likely,
     smaller_parts,
     working_copy,
 )
@@ -196,7 +197,7 @@ class Preview:
         _, kind, probabilities, uncertainty = self._wished
         mean = torch.stack(heads).mean(0) if len(heads) > 1 else heads[0]
         shown = mean if kind == "mean" else heads[-1]
-        labels = (shown.argmax(0) + 1).to(torch.uint8).cpu().numpy()
+        labels = most_likely(shown, 1).cpu().numpy()
         lead = self._sources[job.image].index(job.plane)
         return Prediction(
             job.image,
