@@ -356,7 +356,7 @@ class TrainConfig(Settings):
     border_sigma: float = 5.0
     edges: float = 1.0
     balance: float = 1.0
-    prior: float = 1.0
+    prior: float = 0.5
     averaging: float = 6.0
     pooled_norms: bool = True
     held_out: float = 0.15
