@@ -119,13 +119,22 @@ def predict_files(
     shared = cluster.Wanted(workers, scheduler)
     if shared:
         options |= {"channel_axis": channel_axis}
-        return shared_steps(
+        steps = shared_steps(
             model, targets, options, skip_existing, shared, stop, _in_worker
         )
-    if stop is not None:
-        model = _stoppable(model, stop)
-    job = _Job(model, options, channel_axis, replace, stop)
-    return job.steps(targets, skip_existing)
+    else:
+        if stop is not None:
+            model = _stoppable(model, stop)
+        job = _Job(model, options, channel_axis, replace, stop)
+        steps = job.images(targets, skip_existing)
+    return _locked(targets, steps)
+
+
+def _locked(
+    targets: Sequence[Target], steps: Iterator[BatchStep]
+) -> Iterator[BatchStep]:
+    with alone(targets):
+        yield from steps
 
 
 def _in_worker(blob: bytes, item: tuple[int, Target]) -> Exception | None:
@@ -165,12 +174,6 @@ class _Job:
     channel_axis: int | None
     replace: bool
     stop: Stop | None
-
-    def steps(
-        self, targets: Sequence[Target], skip_existing: bool
-    ) -> Iterator[BatchStep]:
-        with alone(targets):
-            yield from self.images(targets, skip_existing)
 
     def images(
         self, targets: Sequence[Target], skip_existing: bool

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from napari_unetpp import cluster
-from napari_unetpp.batch.files import alone
 from napari_unetpp.batch.steps import BatchStep
 from napari_unetpp.errors import SaveError
 
@@ -71,12 +70,7 @@ def shared_steps(
                 f"Workers read and write files themselves, `{target.title}` is none, "
                 "or nothing is made of it. Leave out `workers` and `scheduler`."
             )
-    return _alone(model, targets, options, skip_existing, wanted, stop, work)
-
-
-def _alone(model: Model, targets: Sequence[Target], *rest: Any) -> Iterator[BatchStep]:
-    with alone(targets):
-        yield from _steps(model, targets, *rest)
+    return _steps(model, targets, options, skip_existing, wanted, stop, work)
 
 
 def _steps(
