@@ -139,6 +139,7 @@ def each(
     import distributed
     from distributed.protocol import pickle
 
+    # Packed here: dask would compute a dask array that it finds in an argument.
     blob = pickle.dumps(job)
     if len(blob) > _LARGEST:
         raise ValueError(
