@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# As the command line does, and before torch is imported: threads that wait do not spin.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# As the command line does, and before torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import numpy as np
 import tifffile
