@@ -222,8 +222,8 @@ def _add_run(command: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     long.add_argument(
         "--trunk", type=Path, metavar="FILE",
-        help="a .safetensors file with a VGG's `features` to start from (default: "
-        "random weights)",
+        help="a .safetensors file with a VGG's `features` to start from, or imagenet: "
+        "torchvision's weights, fetched once (550 MB; default: random weights)",
     )  # fmt: skip
     long.add_argument(
         "--tile", type=int, metavar="PX", help="side of a tile in validation and test"
