@@ -1,0 +1,540 @@
+"""A project is written: data under new names first, then the list of them, whole."""
+
+from __future__ import annotations
+
+import hashlib
+import io as buffers
+import json
+import math
+import os
+import re
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import tifffile
+
+from napari_unetpp import io
+from napari_unetpp.config import TrainConfig
+from napari_unetpp.errors import SaveError
+from napari_unetpp.heldout import HeldOut
+from napari_unetpp.project.format import (
+    FILE,
+    FORMAT,
+    MODEL,
+    SCORE,
+    VERSION,
+    Project,
+    ProjectImage,
+    Round,
+    fingerprint,
+    inside,
+    load_project,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+    from napari_unetpp.model import Model
+
+KEPT = 10  # rounds; the best one and the current one stay whatever their age
+_LARGEST = 4 * 2**30  # bytes of an image without a file that is stored with a project
+
+
+def save_project(
+    folder: str | os.PathLike[str],
+    images: Any,
+    annotations: Any,
+    model: Model | None = None,
+    *,
+    classes: Sequence[str] | None = None,
+    unlabelled: int | None = 0,
+    channel_axis: int | None = None,
+    config: TrainConfig | None = None,
+    depth: int | None = None,
+) -> Project:
+    """Save images by reference, annotations, model and settings in a folder.
+
+    A project that is there is brought up to date: its rounds stay.
+
+    Parameters
+    ----------
+    folder : path
+        Made if there is none; a folder with a project in it, or without anything
+        called `annotations`, `images` or `rounds`.
+    images : path, array or ProjectImage, or a sequence of these
+        A file is referred to, never changed or moved; an array is written into the
+        folder.
+    annotations : array or sequence of arrays
+        One per image, as for `train`.
+    model : Model or None, optional
+        The current one; it becomes a round unless it is that of the current round.
+    classes : sequence of str or None, optional
+        Names; None: the model's, or those that the project has.
+    unlabelled : {0, None}, optional
+        Coding of the annotations; a given `model` keeps its own.
+    channel_axis : {-1, None}, optional
+        Axis of the channels in every image that is no ProjectImage.
+    config : TrainConfig or None, optional
+        How it is trained; None: as the project has it, or the defaults.
+    depth : int or None, optional
+        That is used.
+
+    Returns
+    -------
+    project : Project
+
+    Raises
+    ------
+    ValueError
+        If images and annotations do not fit each other.
+    ImageFileError
+        If an image cannot be read.
+    SaveError, InUseError
+        If the folder cannot be written, or another process writes there.
+    """
+    if channel_axis not in (None, -1):
+        raise ValueError(
+            f"`channel_axis` must be -1 or None in a project, got {channel_axis!r}. "
+            "Move the channels to the last axis."
+        )
+    given = list(images) if isinstance(images, (list, tuple)) else [images]
+    notes = list(annotations) if isinstance(annotations, (list, tuple)) else [
+        annotations
+    ]  # fmt: skip
+    if len(given) != len(notes):
+        raise ValueError(
+            "A project needs one annotation for each image, got "
+            f"{len(given)} and {len(notes)}."
+        )
+    folder = Path(os.path.realpath(folder))
+    _make(folder)
+    with _writing(folder) as old:
+        old = old or Project(
+            folder, (), 0, None, TrainConfig(), None, None, (), (), None
+        )
+        found = [_as_image(i, n, channel_axis) for n, i in enumerate(given)]
+        found = [
+            _placed(folder, image, np.asarray(note))
+            for image, note in zip(found, notes, strict=True)
+        ]
+        names = classes or (model.classes if model is not None else old.classes)
+        now = replace(
+            old,
+            images=tuple(found),
+            classes=tuple(names),
+            unlabelled=unlabelled if model is None else model.unlabelled,
+            config=config or old.config,
+            depth=depth,
+        )
+        now = _with_annotations(now, [np.asarray(note) for note in notes])
+        if model is not None and not _is_current(old, model):
+            now = _with_round(now, model)
+        return _commit(now)
+
+
+def add_round(
+    folder: str | os.PathLike[str], model: Model, annotations: Any = None
+) -> Project:
+    """Add a trained model to the history of a project and make it the current one.
+
+    Parameters
+    ----------
+    folder : path
+        Of a project.
+    model : Model
+        As `train` returned it.
+    annotations : array or sequence of arrays, optional
+        What it learned from; None: the project's annotations as they are.
+
+    Returns
+    -------
+    project : Project
+        Of its rounds the newest `KEPT` stay, and the one that scored best.
+
+    Raises
+    ------
+    ModelFileError, ImageFileError
+        If the project is damaged.
+    ValueError
+        If the annotations do not fit the images.
+    SaveError, InUseError
+        If the folder cannot be written, or another process writes there.
+    """
+    load_project(folder)
+    with _writing(Path(os.path.realpath(folder))) as now:
+        if now is None:  # removed since
+            return load_project(folder)
+        if annotations is not None:
+            now = _with_annotations(now, _as_list(annotations))
+        return _commit(_with_round(now, model))
+
+
+def go_back(folder: str | os.PathLike[str], round: int) -> Project:
+    """Make a round's model and strokes the current ones.
+
+    Nothing is lost: strokes that no round keeps become a round first, with the model
+    of that time, and the rounds after this one stay in the history, so that going
+    back can itself be undone by going to one of them.
+
+    Parameters
+    ----------
+    folder : path
+        Of a project.
+    round : int
+        Number of the round.
+
+    Raises
+    ------
+    ValueError
+        If the project keeps no such round, or it knew fewer images than there are.
+    ModelFileError, ImageFileError
+        If the project, or that round, is damaged.
+    SaveError, InUseError
+        If the folder cannot be written, or another process writes there.
+    """
+    load_project(folder)
+    with _writing(Path(os.path.realpath(folder))) as now:
+        if now is None:
+            return load_project(folder)
+        wanted = now.round(round)
+        strokes = now.read_annotations(round)
+        if len(strokes) != len(now.images):
+            raise ValueError(
+                f"Round {round} has strokes of {len(strokes)} image(s), the project "
+                f"has {len(now.images)}. Open its model from `{wanted.folder}` instead."
+            )
+        then = wanted.load_model()  # a damaged one is told before anything changes
+        if now.current is not None and not _are_kept(now):
+            kept = now.round(now.current).load_model()
+            now = _with_round(now, kept, keep=round)
+        now = _with_annotations(now, strokes)
+        return _commit(
+            replace(
+                now,
+                current=round,
+                classes=then.classes,
+                network=then.config,
+                held_out=HeldOut.of(then.provenance),
+            )
+        )
+
+
+# --- parts -----------------------------------------------------------------------
+
+
+def _as_list(arrays: Any) -> list[NDArray[Any]]:
+    several = isinstance(arrays, (list, tuple))
+    return [np.asarray(a) for a in (arrays if several else [arrays])]
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        ours = (folder / FILE).exists() or any(folder.rglob("*.strokes.tif"))
+        taken = [
+            name
+            for name in ("annotations", "images", "rounds")
+            if not ours and (folder / name).exists()
+        ]
+    except OSError as error:
+        raise SaveError(
+            f"The folder `{io.shown(folder)}` cannot be made: {error.strerror}. Choose "
+            "another one."
+        ) from error
+    if taken:
+        raise SaveError(
+            f"`{io.shown(folder)}` holds `{taken[0]}`, but is no project. Choose an "
+            "empty folder, so that nothing of yours is mixed with a project."
+        )
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[Project | None]:
+    """Be the only one that writes there; yields the project as it is, if any."""
+    with io.lock(folder):
+        yield load_project(folder) if (folder / FILE).exists() else None
+
+
+def _folder(parent: Path, name: str) -> Path:
+    path = inside(parent, name)
+    try:
+        path.mkdir(exist_ok=True)
+    except OSError as error:
+        raise SaveError(
+            f"The folder `{io.shown(path)}` cannot be made: {error.strerror}. Make "
+            "room, or choose another folder for the project."
+        ) from error
+    return path
+
+
+def _as_image(image: Any, number: int, axis: int | None) -> ProjectImage:
+    if isinstance(image, ProjectImage):
+        return image
+    if isinstance(image, (str, os.PathLike)):
+        path = Path(os.path.realpath(image))
+        return ProjectImage(path.stem, (path,), channel_axis=axis)
+    return ProjectImage(
+        f"image {number + 1}", (None,), channel_axis=axis, data=(image,)
+    )
+
+
+def _placed(folder: Path, image: ProjectImage, note: NDArray[Any]) -> ProjectImage:
+    """Return an image that is in files, whose annotation fits."""
+    data = image.data or (None,) * len(image.files)
+    parts = [
+        _in_file(folder, image.name, path, pixels, image.rgb)
+        for path, pixels in zip(image.files, data, strict=True)
+    ]
+    shape = tuple(parts[0][1]["shape"])
+    if image.channel_axis is not None and len(parts) == 1:
+        shape = shape[:-1]
+    if note.shape != shape or note.dtype.kind not in "uib":
+        raise ValueError(
+            f"The annotation of `{io.shown(image.name)}` must hold whole numbers in "
+            f"the image's shape {shape}, got {note.shape} {note.dtype}."
+        )
+    return replace(
+        image,
+        files=tuple(p for p, _ in parts),
+        facts=tuple(f for _, f in parts),
+        shape=shape,
+        data=(),
+    )
+
+
+def _in_file(
+    folder: Path, name: str, path: Path | None, pixels: Any, rgb: bool
+) -> tuple[Path, dict[str, Any]]:
+    """Return the file that holds these pixels, made if there is none."""
+    if path is not None:
+        found = _open(path, lazy=pixels is not None and not _in_memory(pixels))
+        if pixels is None or _same(found, pixels):
+            return path, _facts(folder, path, found)
+        # What is shown is not what the file alone holds, such as a changed image.
+    if _size(pixels) > _LARGEST:
+        raise SaveError(
+            f"The image `{io.shown(name)}` is in no file and too large to be stored "
+            "with the project. Save it as a TIFF or Zarr first, and open that."
+        )
+    array = np.asarray(pixels)
+    stem = _plain(name)
+    target = _folder(folder, "images") / f"{stem}.{fingerprint(array)}.tif"
+    if not target.exists():
+        buffer = buffers.BytesIO()
+        kind = "rgb" if rgb and array.dtype.kind == "u" else "minisblack"
+        tifffile.imwrite(buffer, array, compression="zlib", photometric=kind)
+        io.atomic_write(target, buffer.getvalue())
+    return target, _facts(folder, target, array)
+
+
+def _size(pixels: Any) -> int:
+    numbers: int = math.prod(pixels.shape)
+    return int(numbers * np.dtype(pixels.dtype).itemsize)
+
+
+def _in_memory(pixels: Any) -> bool:
+    return isinstance(pixels, np.ndarray) and not isinstance(pixels, np.memmap)
+
+
+def _open(path: Path, *, lazy: bool) -> Any:
+    return io.open_image(path) if lazy or path.is_dir() else io.read_image(path)
+
+
+def _same(found: Any, pixels: Any) -> bool:
+    """Whether a file holds these pixels; of lazy ones the size and type tell."""
+    if found.shape != tuple(pixels.shape) or found.dtype != pixels.dtype:
+        return False
+    if not isinstance(found, np.ndarray) or not _in_memory(pixels):
+        return True
+    return np.array_equal(found, pixels, equal_nan=found.dtype.kind == "f")
+
+
+def _facts(folder: Path, path: Path, array: Any) -> dict[str, Any]:
+    path = Path(os.path.realpath(path))
+    near = path.is_relative_to(folder.parent)
+    whole = isinstance(array, np.ndarray)
+    return {
+        "path": Path(os.path.relpath(path, folder)).as_posix() if near else str(path),
+        "shape": [int(n) for n in array.shape],
+        "dtype": np.dtype(array.dtype).name,
+        "fingerprint": fingerprint(array) if whole else "",
+    }
+
+
+def _plain(name: str) -> str:
+    """Return a name that every file system takes."""
+    return re.sub(r"[^\w\- ]", "_", name, flags=re.ASCII).strip()[:60] or "image"
+
+
+def _with_annotations(now: Project, notes: list[NDArray[Any]]) -> Project:
+    """Write annotations under new names."""
+    if len(notes) != len(now.images):
+        raise ValueError(
+            f"The project has {len(now.images)} image(s), got {len(notes)} "
+            "annotation(s). Give one for each, in the same order."
+        )
+    for note, image in zip(notes, now.images, strict=True):
+        if note.shape != image.shape:
+            raise ValueError(
+                f"The annotation of `{io.shown(image.name)}` must have the image's "
+                f"shape {image.shape}, got {note.shape}."
+            )
+    folder = _folder(now.folder, "annotations")
+    serials = [
+        int(p.name[-18:-12]) for p in folder.glob(f"*.{'[0-9]' * 6}.strokes.tif")
+    ]
+    serial = max(serials, default=0)
+    images = []
+    for note, image in zip(notes, now.images, strict=True):
+        serial += 1
+        name = f"{_plain(image.name)}.{serial:06d}.strokes.tif"
+        io.write_labels(folder / name, note)
+        images.append(replace(image, annotation=name))
+    return replace(now, images=tuple(images))
+
+
+def _weights(model: Model) -> str:
+    """Return what tells a model's weights and classes from all others."""
+    contents = model.contents()
+    digest = hashlib.sha256(json.dumps(contents.config, sort_keys=True).encode())
+    for name, array in sorted(contents.tensors.items()):
+        digest.update(name.encode() + array.tobytes())
+    return digest.hexdigest()
+
+
+def _is_current(now: Project, model: Model) -> bool:
+    return now.current is not None and (
+        now.round(now.current).weights == _weights(model)
+    )
+
+
+def _are_kept(now: Project) -> bool:
+    """Whether the current annotations are the strokes of the current round."""
+    if now.current is None:
+        return False
+    kept, mine = now.read_annotations(now.current), now.read_annotations()
+    return len(kept) == len(mine) and all(map(np.array_equal, kept, mine))
+
+
+def _with_round(now: Project, model: Model, *, keep: int | None = None) -> Project:
+    """Write a round from the current annotations, and forget what is too old."""
+    parent = _folder(now.folder, "rounds")
+    taken = [int(p.name) for p in parent.iterdir() if p.name.isdecimal()]
+    number = max(taken, default=0) + 1
+    folder = _folder(parent, f"{number:03d}")
+    model.save(folder / MODEL)
+    strokes, painted = [], 0
+    for image, note in zip(now.images, now.read_annotations(), strict=True):
+        io.write_labels(folder / image.annotation, note)
+        strokes.append(image.annotation)
+        dense = model.unlabelled is None
+        painted += note.size if dense else int(np.count_nonzero(note))
+    last = model.history[-1] if model.history else None
+    interval = model.provenance.get("held_out_interval")
+    known = last is not None and last.score is not None and np.isfinite(last.score)
+    values = {
+        "score": float(last.score) if known and last else None,  # type: ignore[arg-type]
+        "interval": [min(1.0, max(0.0, float(v))) for v in interval]
+        if known and isinstance(interval, (list, tuple)) and len(interval) == 2
+        else [],
+        "steps": last.step if last else 0,
+        "painted": painted,
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "weights": _weights(model),
+        "strokes": strokes,
+    }
+    _write_json(folder / SCORE, values)
+    fresh = Round(
+        number,
+        **{**values, "interval": tuple(values["interval"]), "strokes": tuple(strokes)},  # type: ignore[arg-type]
+        folder=folder,
+    )
+    return replace(
+        now,
+        rounds=_pruned((*now.rounds, fresh), {number, keep}),
+        current=number,
+        classes=model.classes,
+        network=model.config,
+        held_out=HeldOut.of(model.provenance),
+    )
+
+
+def _pruned(rounds: tuple[Round, ...], keep: set[int | None]) -> tuple[Round, ...]:
+    """Return the newest rounds, and of the older ones the best."""
+    scored = [r for r in rounds if r.score is not None]
+    best = max(scored, key=lambda r: r.score or 0.0, default=None)
+    must = {*keep, best.number if best else None}
+    left = list(rounds)
+    for old in rounds:
+        if len(left) > KEPT and old.number not in must:
+            left.remove(old)
+    return tuple(left)
+
+
+def _commit(now: Project) -> Project:
+    """Write the list of all files, then remove what it no longer names."""
+    values = {
+        "format": FORMAT,
+        "version": VERSION,
+        "classes": list(now.classes),
+        "unlabelled": now.unlabelled,
+        "settings": {
+            "network": None if now.network is None else now.network.to_dict(),
+            "training": now.config.to_dict(),
+            "depth": now.depth,
+        },
+        "held_out": None if now.held_out is None else now.held_out.to_dict(),
+        "images": [
+            {
+                "name": image.name,
+                "files": list(image.facts),
+                "shape": list(image.shape),
+                "channel_axis": image.channel_axis,
+                "rgb": image.rgb,
+                "scale": list(image.scale),
+                "translate": list(image.translate),
+                "units": list(image.units),
+                "annotation": image.annotation,
+            }
+            for image in now.images
+        ],
+        "rounds": [r.number for r in now.rounds],
+        "current": now.current,
+    }
+    _write_json(now.folder / FILE, values)
+    _sweep(now)
+    return load_project(now.folder)
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    text = json.dumps(values, indent=1, allow_nan=False) + "\n"
+    io.write_text(path, text, overwrite=True)
+
+
+def _sweep(now: Project) -> None:
+    """Remove our own files that the project no longer names."""
+    io.sweep(now.folder / FILE)
+    named = {image.annotation for image in now.images}
+    numbers = {r.number for r in now.rounds}
+    gone = [
+        path
+        for path in (now.folder / "annotations").glob(f"*.{'[0-9]' * 6}.strokes.tif")
+        if path.name not in named
+    ]
+    for name in ("annotations", "images"):  # of killed writes
+        gone += (now.folder / name).glob(".*.part")
+    with suppress(OSError):
+        for folder in (now.folder / "rounds").iterdir():
+            if folder.name.isdecimal() and int(folder.name) not in numbers:
+                gone += [folder / MODEL, folder / SCORE, *folder.glob("*.strokes.tif")]
+                gone += folder.glob(".*.part")
+                gone.append(folder)
+    for path in gone:
+        with suppress(OSError):
+            path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
