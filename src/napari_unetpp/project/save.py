@@ -19,7 +19,7 @@ import tifffile
 
 from napari_unetpp import io
 from napari_unetpp.config import TrainConfig
-from napari_unetpp.errors import SaveError
+from napari_unetpp.errors import SaveError, UnetppError
 from napari_unetpp.heldout import HeldOut
 from napari_unetpp.project.format import (
     FILE,
@@ -73,7 +73,7 @@ def save_project(
     annotations : array or sequence of arrays
         One per image, as for `train`.
     model : Model or None, optional
-        The current one; it becomes a round unless it is that of the current round.
+        The current one; it becomes a round unless it is that of one.
     classes : sequence of str or None, optional
         Names; None: the model's, or those that the project has.
     unlabelled : {0, None}, optional
@@ -133,8 +133,8 @@ def save_project(
             depth=depth,
         )
         now = _with_annotations(now, [np.asarray(note) for note in notes])
-        if model is not None and not _is_current(old, model):
-            now = _with_round(now, model)
+        if model is not None:
+            now = _with_model(now, model)
         return _commit(now)
 
 
@@ -214,15 +214,7 @@ def go_back(folder: str | os.PathLike[str], round: int) -> Project:
             kept = now.round(now.current).load_model()
             now = _with_round(now, kept, keep=round)
         now = _with_annotations(now, strokes)
-        return _commit(
-            replace(
-                now,
-                current=round,
-                classes=then.classes,
-                network=then.config,
-                held_out=HeldOut.of(then.provenance),
-            )
-        )
+        return _commit(replace(now, current=round, **_of(then)))
 
 
 # --- parts -----------------------------------------------------------------------
@@ -313,7 +305,12 @@ def _in_file(
 ) -> tuple[Path, dict[str, Any]]:
     """Return the file that holds these pixels, made if there is none."""
     if path is not None:
-        found = _open(path, lazy=pixels is not None and not _in_memory(pixels))
+        try:
+            found = _open(path, lazy=pixels is not None and not _in_memory(pixels))
+        except UnetppError:
+            if pixels is None:
+                raise  # else another program's format, which its own reader has read
+            found = np.zeros(0)
         if pixels is None or _same(found, pixels):
             return path, _facts(folder, path, found)
         # What is shown is not what the file alone holds, such as a changed image.
@@ -408,10 +405,22 @@ def _weights(model: Model) -> str:
     return digest.hexdigest()
 
 
-def _is_current(now: Project, model: Model) -> bool:
-    return now.current is not None and (
-        now.round(now.current).weights == _weights(model)
-    )
+def _with_model(now: Project, model: Model) -> Project:
+    """Make a model the current one: the round that has its weights, or a new one."""
+    weights = _weights(model)
+    for known in now.rounds:
+        if known.weights == weights:
+            return replace(now, current=known.number, **_of(model))
+    return _with_round(now, model)
+
+
+def _of(model: Model) -> dict[str, Any]:
+    """Return what a project tells of its current model."""
+    return {
+        "classes": model.classes,
+        "network": model.config,
+        "held_out": HeldOut.of(model.provenance),
+    }
 
 
 def _are_kept(now: Project) -> bool:
@@ -459,9 +468,7 @@ def _with_round(now: Project, model: Model, *, keep: int | None = None) -> Proje
         now,
         rounds=_pruned((*now.rounds, fresh), {number, keep}),
         current=number,
-        classes=model.classes,
-        network=model.config,
-        held_out=HeldOut.of(model.provenance),
+        **_of(model),
     )
 
 
