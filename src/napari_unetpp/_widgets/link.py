@@ -158,10 +158,13 @@ class LiveLink(QObject):
         strokes = sum((f[1] for f in found), np.zeros(n, np.int64))
         return [int(v) for v in pixels], [int(v) for v in strokes]
 
-    def strokes_now(self) -> list[tuple[Any, dict[int, Any]]]:
-        """Return each annotation with copies of its painted planes, by number."""
+    def strokes_now(self, *, budget: float) -> list[tuple[Any, dict[int, Any]]]:
+        """Return each annotation with copies of its painted planes, by number.
+
+        `budget` : seconds to spend on planes that were never looked at.
+        """
         for link in self._links:
-            link.strokes.refresh(self._view(link).plane, budget=1.0)
+            link.strokes.refresh(self._view(link).plane, budget=budget)
         return [(link.annotation, dict(link.strokes.planes)) for link in self._links]
 
     @property

@@ -75,7 +75,7 @@ class Projects(QObject):
         self._aside = Aside(self)
         self._turn = threading.Lock()
         self._closed = False
-        self._wanted: Step | None = None  # once the labelling has ended
+        self._wanted: Callable[[], None] | None = None  # once the labelling has ended
         self.menu = QMenu("Project", dock)
         self.menu.setToolTipsVisible(True)
         self.menu.aboutToShow.connect(self.fill)
@@ -97,10 +97,13 @@ class Projects(QObject):
         ask = self.menu.addAction("Save project as…", self.ask_save)
         ask.setEnabled(idle)
         self.menu.addAction("Open project…", self.ask_open).setEnabled(idle)
-        self.menu.addSection("Go back to a round")
-        if not self.rounds:
-            none = self.menu.addAction("Each training that you stop becomes a round")
-            none.setEnabled(False)
+        self.menu.addSeparator()
+        head = self.menu.addAction(
+            "Go back to round:"
+            if self.rounds
+            else "Each training that you stop becomes a round to go back to."
+        )
+        head.setEnabled(False)
         for step in reversed(self.rounds):
             action = self.menu.addAction(step.text)
             action.setCheckable(True)
@@ -116,7 +119,7 @@ class Projects(QObject):
 
     def learned(self) -> None:
         """Keep what a training has learned."""
-        strokes = self._dock.link.strokes_now()
+        strokes = self._dock.link.strokes_now(budget=0.05)
         if strokes:
             self._add(self._dock.link.named(), strokes, self._dock.link.steps)
 
@@ -165,14 +168,11 @@ class Projects(QObject):
 
     def go_back(self, step: Step) -> None:
         """Take the model and the strokes of a round; the present ones are kept."""
+        self._when_idle(lambda: self._go_back(step))
+
+    def _go_back(self, step: Step) -> None:
         link = self._dock.link
-        if link.state == "showing":  # its end, then again
-            self._wanted = step
-            link.stop()
-            return
-        if link.state != "idle":
-            return
-        now = link.strokes_now()
+        now = link.strokes_now(budget=60)
         known = self.current
         model = link.model or (known and known.model)
         same = known is not None and model is not None and _alike(known.strokes, now)
@@ -196,19 +196,27 @@ class Projects(QObject):
             step.strokes = [
                 (layer, _planes(a)) for layer, a in zip(layers, result[1], strict=False)
             ]
-            self._take(step)
+            self._when_idle(lambda: self._take(step))
 
         self._work(work, then)
 
+    def _when_idle(self, call: Callable[[], None]) -> None:
+        """Call now, or once the labelling has ended; never into a training."""
+        state = self._dock.link.state
+        if state == "idle":
+            call()
+        elif state == "showing":
+            self._wanted = call
+            self._dock.link.stop()
+        else:
+            self._dock._tell("A training is under way. Stop it, then try again.")
+
     def _on_state(self) -> None:
         if self._dock.link.state == "idle" and self._wanted is not None:
-            step, self._wanted = self._wanted, None
-            self.go_back(step)
+            call, self._wanted = self._wanted, None
+            call()
 
     def _take(self, step: Step) -> None:
-        if self._dock.link.state not in ("idle", "showing"):
-            self._dock._tell("A training has begun meanwhile. Stop it, then go back.")
-            return
         layers = list(self._dock.viewer.layers)
         lost = 0
         for layer, planes in step.strokes:
@@ -342,7 +350,10 @@ class Projects(QObject):
                 kept = project.read_annotations(project.current)
             return project, images, notes, kept, project.load_model()
 
-        self._work(work, lambda result: self._show(*result))
+        def then(result: Any) -> None:
+            self._when_idle(lambda: self._show(*result))
+
+        self._work(work, then)
 
     def _show(
         self,
