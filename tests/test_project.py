@@ -116,6 +116,18 @@ def test_saving_again_keeps_the_rounds_and_adds_none_of_the_same_model(
     assert len(list((folder / "annotations").iterdir())) == 1
 
 
+def test_classes_that_the_model_has_not_learned_yet_are_kept(
+    folder: Path, image: Path
+) -> None:
+    names = (*CLASSES, "debris")
+    api.save_project(folder, image, strokes(), model(1, 0.3, 7), classes=names)
+    assert api.load_project(folder).classes == names
+    new = folder.with_name("new")
+    found = api.save_project(new, image, strokes())
+    assert found.classes == ("background", "class 2")
+    assert (found.rounds, found.current, found.load_model()) == ((), None, None)
+
+
 def test_one_goes_back_and_forth_and_no_stroke_is_lost(folder: Path) -> None:
     found = api.go_back(folder, 1)
     assert found.current == 1
@@ -242,7 +254,8 @@ def test_what_is_no_project_is_refused(folder: Path, text: str) -> None:
     "changes",
     [
         {"rounds": ["../../etc"]}, {"rounds": [1, 1]}, {"rounds": [-1]}, {"current": 9},
-        {"rounds": [1e3]}, {"classes": ["a\nb"]}, {"classes": "ab"}, {"settings": None},
+        {"rounds": [1e3]}, {"classes": ["a\nb"]}, {"classes": "ab"},
+        {"classes": []}, {"classes": ["a", "a"]}, {"settings": None},
         {"unlabelled": False}, {"held_out": {"key": -1}}, {"images": [{}]},
         {"settings": {"network": None, "training": {"evil": 1}, "depth": None}},
         {"settings": {"network": {"name": "x"}, "training": {}, "depth": None}},
@@ -260,13 +273,30 @@ def test_a_lying_project_is_refused(folder: Path, changes: dict[str, Any]) -> No
         ("annotation", "../../secret.tif"), ("annotation", "/etc/passwd"),
         ("annotation", "a.tif"), ("annotation", "..\\x.000001.strokes.tif"),
         ("scale", [0]), ("scale", ["1"]), ("translate", [1e301]), ("shape", [True, 2]),
-        ("files", []), ("channel_axis", 1), ("units", ["\u202e"]),
+        ("files", []), ("channel_axis", 1), ("units", ["\u202e"]), ("rgb", True),
+        ("channel_axis", -1), ("shape", [48, 65]), ("shape", [3072]),
     ],
 )  # fmt: skip
 def test_a_lying_image_is_refused(folder: Path, key: str, value: Any) -> None:
     values = json.loads((folder / "project.json").read_text(encoding="utf-8"))
     values["images"][0][key] = value
     edit(folder, images=values["images"])
+    with pytest.raises(ModelFileError, match="damaged"):
+        api.load_project(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("score", 1.5), ("score", "0.5"), ("score", True), ("interval", [0.1, -1]),
+        ("date", "yesterday"), ("date", 5), ("weights", "0"), ("steps", -1),
+        ("strokes", ["../x.000001.strokes.tif"]), ("painted", None),
+    ],
+)  # fmt: skip
+def test_a_lying_round_is_refused(folder: Path, key: str, value: Any) -> None:
+    path = folder / "rounds" / "001" / "score.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**values, key: value}), encoding="utf-8")
     with pytest.raises(ModelFileError, match="damaged"):
         api.load_project(folder)
 
@@ -327,6 +357,14 @@ def test_annotations_must_fit(folder: Path, image: Path) -> None:
         api.add_round(folder, model(4), strokes()[1:])
     with pytest.raises(ValueError, match="one annotation for each"):
         api.save_project(folder, [image, image], strokes())
+    odd = api.ProjectImage("a", (image,), units=("1+", "?"))
+    with pytest.raises(ValueError, match="unit"):
+        api.save_project(folder, odd, strokes())
+    shutil.rmtree(folder / "annotations")  # written first, under a new name
+    (folder / "annotations").mkdir()
+    for name, data in before.items():
+        if name.startswith("annotations"):
+            (folder / name).write_bytes(data)
     assert files(folder) == before
 
 

@@ -11,6 +11,7 @@ from napari.layers import Image, Labels
 from qtpy.QtWidgets import QApplication
 
 from napari_unetpp import api, io
+from napari_unetpp._widgets.pairs import Pair
 from napari_unetpp._widgets.train_dock import TrainDock
 
 if TYPE_CHECKING:
@@ -212,3 +213,34 @@ def test_what_goes_wrong_is_told_and_the_round_stays_in_memory(
     assert "holds another project" in dock.coach.text()
     dock.projects.read(tmp_path)
     wait(lambda: "is no project" in dock.coach.text())
+
+
+def test_a_unit_that_napari_does_not_know_is_left_out(
+    wait: Any, open_dock: Any, tmp_path: Path
+) -> None:
+    odd = api.ProjectImage(
+        "a", (None,), data=(picture(),), scale=(2, 2), units=("nope", "none")
+    )
+    api.save_project(tmp_path / "p", odd, strokes())
+    dock = open_dock()
+    dock.projects.read(tmp_path / "p")
+    wait(lambda: bool(dock.pairs.pairs()))
+    assert tuple(dock.pairs.pairs()[0].images[0].scale) == (2, 2)
+
+
+def test_two_channels_come_back_as_two_layers(
+    wait: Any, open_dock: Any, tmp_path: Path
+) -> None:
+    one, two = Image(picture(), name="one"), Image(picture()[::-1], name="two")
+    layer = Labels(strokes())
+    dock = open_dock(one, two, layer)
+    dock.pairs.set_pairs([Pair((one, two), layer)])
+    dock.projects._save_in(tmp_path / "p")
+    wait(lambda: dock.projects.folder is not None)
+    again = open_dock()
+    again.projects.read(tmp_path / "p")
+    wait(lambda: bool(again.pairs.pairs()))
+    (pair,) = again.pairs.pairs()
+    for back, given in zip(pair.images, (one, two), strict=True):
+        np.testing.assert_array_equal(back.data, given.data)
+    np.testing.assert_array_equal(pair.annotation.data, strokes())

@@ -395,8 +395,9 @@ class Projects(QObject):
                 for pair, a in zip(pairs, kept, strict=False)
             ]
             self._dock.take_round(model, self.current.steps, self.current.score)
-        else:
+        if self.current is None or len(project.classes) > len(model.classes):
             self._dock.classes.set_names(project.classes)
+            self._dock._on_classes()
         show_info(_layers.safe(f"Opened the project {plain(project.folder.name)}."))
 
     # --- the thread ------------------------------------------------------------------
@@ -481,7 +482,11 @@ def _image_layers(image: ProjectImage, parts: list[Any]) -> list[Image]:
     layers = []
     for n, (data, path) in enumerate(zip(parts, paths, strict=True)):
         name = image.name if len(parts) == 1 else f"{image.name} {n + 1}"
-        layer = Image(data, name=name, rgb=rgb, **place)
+        try:
+            layer = Image(data, name=name, rgb=rgb, **place)
+        except (AttributeError, ValueError):  # a unit that napari does not know
+            place.pop("units", None)
+            layer = Image(data, name=name, rgb=rgb, **place)
         if len(parts) > 1:
             layer.blending = "additive"
         layer.metadata[PATH] = path or None

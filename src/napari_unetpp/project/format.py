@@ -6,6 +6,7 @@ import math
 import os
 import re
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -262,7 +263,7 @@ def load_project(folder: str | os.PathLike[str]) -> Project:
             "napari-unetpp. Update napari-unetpp."
         )
     try:
-        return _project(folder, values)
+        return parsed(folder, values)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise _damaged(folder / FILE, str(error)) from None
 
@@ -298,7 +299,8 @@ def _table(path: Path) -> dict[str, Any]:
         raise _damaged(path, f"{error}.") from None
 
 
-def _project(folder: Path, values: dict[str, Any]) -> Project:
+def parsed(folder: Path, values: dict[str, Any]) -> Project:
+    """Return the project that a table describes; ValueError or worse if it cannot."""
     if values["unlabelled"] not in (0, None) or isinstance(values["unlabelled"], bool):
         raise ValueError("its coding is unknown.")
     settings = values["settings"]
@@ -310,10 +312,12 @@ def _project(folder: Path, values: dict[str, Any]) -> Project:
     current = values["current"]
     if current is not None and _whole(current, 1) not in numbers:
         raise ValueError("its current round is missing.")
-    depth = settings["depth"]
+    depth, classes = settings["depth"], _list(values["classes"], 255)
+    if len(classes) < 2 or len({str(c) for c in classes}) != len(classes):
+        raise ValueError("it has not two classes or more, each with its own name.")
     return Project(
         folder,
-        tuple(modelfile.check_text("class", c) for c in _list(values["classes"], 255)),
+        tuple(modelfile.check_text("class", c) for c in classes),
         values["unlabelled"],
         None if network is None else NetConfig.from_dict(network),
         TrainConfig.from_dict(settings["training"]),
@@ -331,6 +335,7 @@ def _image(folder: Path, values: dict[str, Any]) -> ProjectImage:
     shape = tuple(_whole(n, 1) for n in _list(values["shape"], 6))
     if not facts or axis not in (None, -1) or not isinstance(rgb, bool):
         raise ValueError("an image has no file, or other channels than agreed.")
+    _check_channels(facts, shape, axis, rgb=rgb)
     places = {k: tuple(_list(values[k], 8)) for k in ("scale", "translate", "units")}
     for number in (*places["scale"], *places["translate"]):
         if type(number) not in (int, float) or abs(number) > 1e300:
@@ -338,7 +343,8 @@ def _image(folder: Path, values: dict[str, Any]) -> ProjectImage:
     if not all(v > 0 for v in places["scale"]):
         raise ValueError("an image's scale is not above 0.")
     for unit in places["units"]:
-        modelfile.check_text("unit", unit)
+        if not (isinstance(unit, str) and len(unit) <= 64 and unit.isidentifier()):
+            raise ValueError("the unit of an image is none.")
     name = values["annotation"]
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ValueError("the name of an annotation is not one that we give.")
@@ -352,6 +358,24 @@ def _image(folder: Path, values: dict[str, Any]) -> ProjectImage:
         annotation=name,
         **places,
     )
+
+
+def _check_channels(
+    facts: tuple[dict[str, Any], ...],
+    shape: tuple[int, ...],
+    axis: int | None,
+    *,
+    rgb: bool,
+) -> None:
+    """Refuse channels that no layer could show."""
+    whole = [tuple(f["shape"]) for f in facts]
+    if rgb and (axis is None or whole[0][-1] not in (3, 4)):
+        raise ValueError("an image of colours has no three channels.")
+    if axis is not None and len(whole) > 1:
+        raise ValueError("an image has channels both in its files and as files.")
+    own = [found if axis is None else found[:-1] for found in whole]
+    if len(shape) < 2 or any(found != shape for found in own):
+        raise ValueError("an image and its annotation have different shapes.")
 
 
 def _facts(values: dict[str, Any]) -> dict[str, Any]:
@@ -376,7 +400,7 @@ def _round(folder: Path, number: Any) -> Round:
     names = tuple(_list(values["strokes"], 10_000))
     if not all(isinstance(n, str) and _NAME.fullmatch(n) for n in names):
         raise ValueError("the name of a round's strokes is not one that we give.")
-    date = modelfile.check_text("date", values["date"])
+    date = datetime.fromisoformat(values["date"]).isoformat(timespec="seconds")
     weights = values["weights"]
     if not (isinstance(weights, str) and re.fullmatch("[0-9a-f]{64}", weights)):
         raise ValueError("the weights of a round have no checksum.")

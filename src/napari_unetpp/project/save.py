@@ -26,6 +26,7 @@ from napari_unetpp.project.format import (
     Project,
     Round,
     load_project,
+    parsed,
 )
 from napari_unetpp.project.images import as_image, own_folder, placed, plain
 
@@ -68,7 +69,8 @@ def save_project(
     model : Model or None, optional
         The current one; it becomes a round unless it is that of one.
     classes : sequence of str or None, optional
-        Names; None: the model's, or those that the project has.
+        Names; None: the model's, or those that the project has, or "background",
+        "class 2", ... up to the highest number found.
     unlabelled : {0, None}, optional
         Coding of the annotations; a given `model` keeps its own.
     channel_axis : {-1, None}, optional
@@ -120,7 +122,7 @@ def save_project(
         now = replace(
             old,
             images=tuple(found),
-            classes=tuple(names),
+            classes=tuple(names or _names(notes, unlabelled)),
             unlabelled=unlabelled if model is None else model.unlabelled,
             config=config or old.config,
             depth=depth,
@@ -128,6 +130,8 @@ def save_project(
         now = _with_annotations(now, [np.asarray(note) for note in notes])
         if model is not None:
             now = _with_model(now, model)
+        if classes:  # more than the model has, as long as it has not learned them
+            now = replace(now, classes=tuple(classes))
         return _commit(now)
 
 
@@ -216,6 +220,12 @@ def go_back(folder: str | os.PathLike[str], round: int) -> Project:
 def _as_list(arrays: Any) -> list[NDArray[Any]]:
     several = isinstance(arrays, (list, tuple))
     return [np.asarray(a) for a in (arrays if several else [arrays])]
+
+
+def _names(notes: list[Any], unlabelled: int | None) -> list[str]:
+    top = max((int(np.max(note)) for note in notes), default=0)
+    n = max(2, top + (unlabelled is None))
+    return ["background", *(f"class {i}" for i in range(2, n + 1))]
 
 
 def _make(folder: Path) -> None:
@@ -391,6 +401,7 @@ def _commit(now: Project) -> Project:
         "rounds": [r.number for r in now.rounds],
         "current": now.current,
     }
+    parsed(now.folder, values)  # what could not be opened again is not written
     _write_json(now.folder / FILE, values)
     _sweep(now)
     return load_project(now.folder)
