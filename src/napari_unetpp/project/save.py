@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from napari_unetpp.model import Model
 
-KEPT = 10  # rounds; the best one and the current one stay whatever their age
+KEPT = 10  # rounds; the best one stays, whatever its age
 
 
 def save_project(
