@@ -60,18 +60,19 @@ TABLE = {
     "live": "+train +predict trainer messages heldout",
     "script": "io errors",
     "recovery": "checkpoint io errors",
+    "project": "model examples heldout modelfile io config errors",
     "samples": "errors",
     "cluster": "io config errors",
     "bigimage": "cluster predict model device preprocess io config errors",
     "batch": "cluster predict model io preprocess config errors",
     "api": "+live +batch bigimage evaluate pretrained isbi presets experiment samples"
-    " io",
+    " project io",
     "cli": "api parallel batch checkpoint evaluate experiment folders presets io"
-    " samples config errors",
+    " project samples config errors",
     "_sample_data": "samples",
-    "_widgets": "messages config errors api live device script recovery",
+    "_widgets": "messages config errors api live device script recovery project",
 }
-# Of these, _widgets imports the last four inside functions, which run in its thread.
+# Of these, _widgets imports the last five inside functions, which run in its thread.
 WIDGETS_AT_MODULE_LEVEL = {"_widgets", "messages", "config", "errors"}
 
 QT = {
@@ -83,7 +84,7 @@ WITHOUT_TORCH = {
     "__init__", "errors", "config", "messages", "sampling", "evaluate", "modelfile",
     "checkpoint", "recovery",
     "samples", "batch", "cluster", "script", "_sample_data", "isbi", "presets",
-    "folders", "pictures", "report", "record", "experiment",
+    "folders", "pictures", "report", "record", "experiment", "project",
 }  # fmt: skip
 
 

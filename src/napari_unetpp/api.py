@@ -29,6 +29,15 @@ from napari_unetpp.predict import Tile, predict, predict_proba, predict_tiles
 from napari_unetpp.preprocess import Preprocessing
 from napari_unetpp.presets import PRESETS, Preset, preset
 from napari_unetpp.pretrained import load_trunk
+from napari_unetpp.project import (
+    Project,
+    ProjectImage,
+    Round,
+    add_round,
+    go_back,
+    load_project,
+    save_project,
+)
 from napari_unetpp.train import train, train_steps
 
 __all__ = [
@@ -51,6 +60,9 @@ __all__ = [
     "PredictConfig",
     "Preprocessing",
     "Preset",
+    "Project",
+    "ProjectImage",
+    "Round",
     "SaveError",
     "Target",
     "Tile",
@@ -59,9 +71,12 @@ __all__ = [
     "TrainingError",
     "UnetppError",
     "ZarrStep",
+    "add_round",
     "create_model",
     "evaluate",
+    "go_back",
     "load_model",
+    "load_project",
     "load_trunk",
     "open_image",
     "pixel_error",
@@ -76,6 +91,7 @@ __all__ = [
     "published_config",
     "rand_error",
     "run_steps",
+    "save_project",
     "train",
     "train_steps",
     "warping_error",

@@ -492,6 +492,14 @@ def _array(body: memoryview, entry: dict[str, Any]) -> np.ndarray:
 # --- strict JSON -----------------------------------------------------------------
 
 
+def parse_json(name: str, data: bytes) -> dict[str, Any]:
+    """Parse a JSON table as strictly as a model file's own; else ValueError."""
+    try:
+        return _strict_json(name, data.decode("utf-8"))
+    except (_Refusal, UnicodeDecodeError) as error:
+        raise ValueError(f"{error}") from None
+
+
 def _strict_json(name: str, text: str) -> dict[str, Any]:
     """Parse a JSON table and refuse all that Python's parser lets through."""
     try:

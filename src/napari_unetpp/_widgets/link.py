@@ -71,9 +71,11 @@ class LiveLink(QObject):
     counted : () the strokes have changed, see `counts`
     changed : () `state` has
     trouble : str, what went wrong, for the user
+    learned : () a training of at least one step has ended
     """
 
     message = Signal(object)
+    learned = Signal()
     counted = Signal()
     changed = Signal()
     trouble = Signal(str)
@@ -155,6 +157,15 @@ class LiveLink(QObject):
         pixels = sum((f[0] for f in found), np.zeros(n, np.int64))
         strokes = sum((f[1] for f in found), np.zeros(n, np.int64))
         return [int(v) for v in pixels], [int(v) for v in strokes]
+
+    def strokes_now(self, *, budget: float) -> list[tuple[Any, dict[int, Any]]]:
+        """Return each annotation with copies of its painted planes, by number.
+
+        `budget` : seconds to spend on planes that were never looked at.
+        """
+        for link in self._links:
+            link.strokes.refresh(self._view(link).plane, budget=budget)
+        return [(link.annotation, dict(link.strokes.planes)) for link in self._links]
 
     @property
     def highest(self) -> int:
@@ -528,6 +539,8 @@ class LiveLink(QObject):
             self.model = outcome.result
         if self._kind == "training" and self.model is not None:
             offer.newest.put(self.named())
+            if self.steps > self._before and outcome.failure is None:
+                self.learned.emit()
         self._mailbox = None
         self._set("idle")
         if outcome.failure is not None:

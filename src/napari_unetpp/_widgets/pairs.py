@@ -146,6 +146,15 @@ class PairTable(QWidget):
                 other.annotation = None
         self._show()
 
+    def set_pairs(self, pairs: Sequence[Pair]) -> None:
+        """Choose these pairs; rows that are left over are emptied."""
+        while len(self._rows) < len(pairs):
+            self._add_row()
+        for i, row in enumerate(self._rows):
+            row.images = pairs[i].images if i < len(pairs) else ()
+            row.annotation = pairs[i].annotation if i < len(pairs) else None
+        self._show()
+
     def undecided(self) -> bool:
         """Return whether an image has no annotation and the user could choose one."""
         return any(

@@ -15,6 +15,7 @@ from napari_unetpp._widgets.classes import are_names
 from napari_unetpp._widgets.coach import advice
 from napari_unetpp._widgets.link import LiveLink, Settings
 from napari_unetpp._widgets.model_files import ModelFiles
+from napari_unetpp._widgets.projects import Projects
 from napari_unetpp._widgets.recovery import OfferRow
 from napari_unetpp._widgets.train_face import NETWORKS, SIZES, TrainFace
 from napari_unetpp.messages import (
@@ -63,6 +64,7 @@ class TrainDock(TrainFace):
         self._first_names = self.classes.names()
         self.unsaved = OfferRow(self)
         self.layout().insertWidget(0, self.unsaved)
+        self.projects = Projects(self)
         self._connect()
         keys.bind(self)
         self._on_pairs()
@@ -404,6 +406,18 @@ class TrainDock(TrainFace):
         self.link.model = model
         self._loaded = path
         offer.newest.put(Path(path).absolute())
+        self._go_on_from(model)
+
+    def take_round(self, model: Any, steps: int, score: float | None) -> None:
+        """Go on from the model of an earlier round."""
+        self.start_over()
+        self.link.model, self.link.steps = model, steps
+        self._score = score
+        self._held = _UNKNOWN if score is None else f"{score:.2f}"
+        offer.newest.put(model)
+        self._go_on_from(model)
+
+    def _go_on_from(self, model: Any) -> None:
         self._trouble = ""
         self.classes.set_names(model.classes)
         self._on_classes()
@@ -451,6 +465,7 @@ class TrainDock(TrainFace):
         self.unsaved.autosave.close()
         self.link.close()
         self.files.close()
+        self.projects.close()
         self.pairs.close_events()
 
 

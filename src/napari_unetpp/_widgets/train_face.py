@@ -93,6 +93,11 @@ class TrainFace(QWidget):
             "Copy as script",
             "Put a Python script on the clipboard that trains the same without napari.",
         )
+        self.project_button = _button(
+            "Project",
+            "Save images, strokes, model and settings as a folder, or open one; and go "
+            "back to an earlier round: each training that you stopped is one.",
+        )
         self.advanced = Advanced()
 
     def _lay_out(self) -> None:
@@ -114,7 +119,14 @@ class TrainFace(QWidget):
         layout.addWidget(self.device)
         layout.addWidget(self.coach)
         layout.addWidget(self.plot)
-        layout.addLayout(_row(self.load_button, self.save_button, self.script_button))
+        layout.addLayout(
+            _row(
+                self.load_button,
+                self.save_button,
+                self.script_button,
+                self.project_button,
+            )
+        )
         layout.addWidget(self.advanced)
         layout.addStretch(1)
         outer = QVBoxLayout(self)

@@ -151,12 +151,17 @@ def save(model: Model, path: Path, *, overwrite: bool) -> None:
     try:
         model.save(path, overwrite=overwrite)
     except SaveError as error:
-        try:
-            spare = Path(tempfile.mkdtemp(prefix="napari-unetpp-")) / path.name
-            model.save(spare)
-        except (SaveError, OSError):
-            raise error from None
-        raise SaveError(f"{error}\nThe model was saved as {spare} instead.") from None
+        raise rescued(model, path.name, error) from None
+
+
+def rescued(model: Model, name: str, error: SaveError) -> SaveError:
+    """Keep a model in the folder for temporary files; return the error that says so."""
+    try:
+        spare = Path(tempfile.mkdtemp(prefix="napari-unetpp-")) / name
+        model.save(spare)
+    except (SaveError, OSError):
+        return error
+    return SaveError(f"{error}\nThe model was saved as {spare} instead.")
 
 
 def size_of(path: Path) -> str:

@@ -54,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
         "train": ("learn from annotated images and write a model", _train),
         "predict": ("label images with a model", _predict),
         "evaluate": ("compare labels with a truth: IoU and Dice per class", _evaluate),
-        "info": ("tell what a model file holds", _info),
+        "info": ("tell what a model file or a project holds", _info),
     }.items():
         command = commands.add_parser(
             name,
@@ -134,10 +134,17 @@ def _demo(command: argparse.ArgumentParser) -> None:
 
 
 def _train(command: argparse.ArgumentParser) -> None:
-    command.add_argument("images", type=Path, help="an image file or a folder of them")
     command.add_argument(
-        "annotations", type=Path,
+        "images", type=Path, nargs="?", help="an image file or a folder of them"
+    )
+    command.add_argument(
+        "annotations", type=Path, nargs="?",
         help="the annotation file, or a folder of them with the images' names",
+    )  # fmt: skip
+    command.add_argument(
+        "--project", type=Path, metavar="FOLDER",
+        help="go on with a project instead: with its images, annotations, model and "
+        "settings; what is learned becomes its newest round",
     )  # fmt: skip
     command.add_argument(
         "-o", "--out", type=Path, metavar="MODEL.safetensors",
@@ -300,4 +307,6 @@ def _evaluate(command: argparse.ArgumentParser) -> None:
 
 
 def _info(command: argparse.ArgumentParser) -> None:
-    command.add_argument("model", type=Path, help="a model file")
+    command.add_argument(
+        "model", type=Path, help="a model file, or the folder of a project"
+    )

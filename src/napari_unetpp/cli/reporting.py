@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from napari_unetpp import io
-from napari_unetpp.cli import jobs, learning
+from napari_unetpp.cli import jobs, learning, projects
 from napari_unetpp.cli.console import Console, count, plain, score, table
+from napari_unetpp.project import FILE
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -85,7 +86,9 @@ def _same_coding(
 
 
 def info(options: Namespace, console: Console) -> int:
-    """Tell what a model file holds."""
+    """Tell what a model file or a project holds."""
+    if options.model.is_dir() or options.model.name == FILE:
+        return projects.info(options, console)
     from napari_unetpp import api
 
     model = api.load_model(options.model)

@@ -10,7 +10,7 @@ import numpy as np
 
 from napari_unetpp import batch, io, parallel
 from napari_unetpp.checkpoint import Rolling
-from napari_unetpp.cli import jobs, learning, recipes, running
+from napari_unetpp.cli import jobs, learning, projects, recipes, running
 from napari_unetpp.cli.console import REPLACE, count, plain, quoted, score, table
 from napari_unetpp.config import TrainConfig
 
@@ -29,6 +29,12 @@ _DEMO_NETWORK = "unet"  # learns most in half a minute
 
 def train(options: Namespace, console: Console) -> int:
     """Learn from annotated images and write the model; torchrun starts several."""
+    if options.project:
+        return projects.train(options, console)
+    if options.images is None or options.annotations is None:
+        raise ValueError(
+            "train needs IMAGES and ANNOTATIONS, or --project FOLDER. Add them."
+        )
     if not parallel.asked():
         return (
             running.run(options, console) if options.run else _train(options, console)
