@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # again, since each map's memory is new to the process.
 _MOST_PIXELS = 2**21
 _LEAST_SIDE = 128  # px; a tile that still does not fit is halved when memory runs out
-_SPARE = 1.5  # what operators need for themselves, and the result
+_SPARE = 2.0  # measured: what operators need for themselves, and the result
 _MOST_BYTES = 4e9  # of what is free, a fourth at most is taken
 
 
