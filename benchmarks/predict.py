@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from napari_unetpp.api import create_model, predict
+from napari_unetpp.budget import free_bytes, tile_side
 from napari_unetpp.config import published_config
 from napari_unetpp.device import resolve_device
 from napari_unetpp.networks.blocks import GroupNorm, measure_norms
@@ -61,6 +62,9 @@ def efficiency(
     depth = network.checked_depth(depth)
     geometry = Geometry(network, depth, (height, width))
     tile = default_tile((height, width))
+    if tile < max(height, width):
+        memory = free_bytes(device)
+        tile = tile_side(network, depth, (height, width), memory=memory)
     core = geometry.round_up(min(tile, max(height, width)))
     window = core + 2 * network.halo(depth)
     batch = torch.randn(1, 1, window, window).to(

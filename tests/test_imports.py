@@ -55,7 +55,8 @@ TABLE = {
     "pretrained": "model networks io errors",
     "train": "trainer pretrained model networks checkpoint examples preprocess device"
     " parallel io config errors",
-    "predict": "model networks preprocess device config errors",
+    "budget": "networks device config",
+    "predict": "budget model networks preprocess device config errors",
     "messages": "model score",  # for its types alone: it is free of torch
     "live": "+train +predict trainer messages heldout",
     "script": "io errors",

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from napari_unetpp.config import NETWORKS, NetConfig
+from napari_unetpp.device import peak_bytes
 from napari_unetpp.errors import DeviceMemoryError
 from napari_unetpp.model import Model, create_model
 from napari_unetpp.networks.blocks import GroupNorm, measure_norms
@@ -191,8 +192,7 @@ def test_a_large_images_norms_come_from_nine_crops(
     ("shape", "tile", "sides"),
     [
         ((768, 9), None, [768]),
-        ((9, 769), None, [512, 257]),
-        ((9, 1025), None, [512, 512, 1]),
+        ((9, 769), None, [769]),
         ((9, 40), 16, [16, 16, 8]),
         ((9, 40), 17, [20, 20]),
         ((9, 40), 40, [40]),
@@ -208,6 +208,30 @@ def test_the_sides_of_tiles(
     )
     assert [b - a for a, b in spans] == sides
     assert spans[0][0] == 0
+
+
+@pytest.mark.parametrize("heads", ["last", "mean"])
+def test_less_memory_makes_smaller_tiles_of_the_same_result(heads: Any) -> None:
+    model, image = model_of("unet++", levels=2, norm="none"), picture(400, 900)
+    whole = predict_proba(model, image, heads=heads)
+    parts = list(
+        predict_tiles(model, image, heads=heads, memory=0.01, probabilities=True)
+    )
+    assert len(parts) > 2
+    assert (covered(parts, image.shape) == 1).all()
+    found = np.zeros_like(whole)
+    for part in parts:
+        found[(slice(None), *part.slices)] = part.probabilities
+    assert_same(found, whole)
+    assert peak_bytes(
+        lambda: list(predict_tiles(model, image, heads=heads, memory=0.01))
+    ) < peak_bytes(lambda: predict(model, image, heads=heads))
+
+
+@pytest.mark.parametrize("memory", [0, 0.001, -1, 2000, float("nan"), "much"])
+def test_a_budget_that_is_none_is_refused(memory: Any) -> None:
+    with pytest.raises(ValueError, match="`memory` must"):
+        predict(small(), picture(9, 9), memory=memory)
 
 
 def test_a_shallow_depth_has_finer_tiles() -> None:
@@ -505,6 +529,8 @@ def limit(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[int, ...]
         seen: list[tuple[int, ...]] = []
 
         def forward(self: UNet, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if x.is_meta:  # counts bytes, and takes none
+                return real(self, x, *args, **kwargs)
             seen.append(tuple(x.shape))
             norms = (m for m in self.modules() if isinstance(m, GroupNorm))
             free = not measuring and any(n.measuring for n in norms)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 import torch
 
-from napari_unetpp.config import PredictConfig
+from napari_unetpp.budget import free_bytes, tile_side
+from napari_unetpp.config import PredictConfig, check_number
 from napari_unetpp.device import (
     guarded,
     is_out_of_memory,
@@ -252,6 +253,7 @@ def predict_tiles(
     heads: Literal["last", "mean"] = "last",
     channel_axis: int | None = None,
     tile: int | None = None,
+    memory: float | None = None,
     device: str | torch.device | None = None,
 ) -> Iterator[Tile]:
     """Predict an image part by part.
@@ -275,7 +277,11 @@ def predict_tiles(
         Axis of the channels; None for a single channel.
     tile : int or None, optional
         Side of a tile in pixels (16 to 16384, rounded up to what the network needs);
-        None: the whole plane up to 768 x 768, else 512.
+        None: the whole plane up to 768 x 768, else as `memory` allows, up to about
+        1400 with the context around it.
+    memory : float or None, optional
+        What a tile may take, in 10^9 bytes (0.01 to 1000); None: a fourth of what is
+        free, at most 4. The result does not depend on it.
     device : str, torch.device or None, optional
         None: the fastest there is.
 
@@ -303,6 +309,8 @@ def predict_tiles(
     .. [1] Zhou et al., UNet++, DLMIA 2018, :DOI:`10.1007/978-3-030-00889-5_1`
     """
     config = PredictConfig(tile, depth, heads)
+    if memory is not None:
+        check_number("memory", memory, 0.01, 1000)
     depth = check_depth(model.network, depth)
     planes = Planes(image, channel_axis=channel_axis)
     if planes.channels != model.config.in_channels:
@@ -314,7 +322,17 @@ def predict_tiles(
     where = _Order(first, planes)
     target = resolve_device(device)
     network = working_copy(model.network, target)
-    tiles = _tiles(model, network, planes, config, depth, where, probabilities)
+    side = tile
+    if side is None and max(planes.shape) > _WHOLE:
+        side = tile_side(
+            network,
+            depth,
+            planes.shape,
+            memory=free_bytes(target) if memory is None else 1e9 * memory,
+            all_heads=heads == "mean",
+        )
+    cores = Geometry(network, depth, planes.shape).cores(side or max(planes.shape))
+    tiles = _tiles(model, network, planes, config, depth, where, cores, probabilities)
     return _guarded(tiles, target)
 
 
@@ -330,11 +348,11 @@ def _tiles(
     config: PredictConfig,
     depth: int,
     where: _Order,
+    cores: list[Core],
     probabilities: bool,
 ) -> Iterator[Tile]:
     shift = 1 if model.unlabelled == 0 else 0
     geometry = Geometry(network, depth, planes.shape)
-    cores = geometry.cores(config.tile or default_tile(planes.shape))
     for number, queue in where.jobs(cores):
         plane = PlanePredictor(
             network,
@@ -404,13 +422,14 @@ def predict(
     heads: Literal["last", "mean"] = "last",
     channel_axis: int | None = None,
     tile: int | None = None,
+    memory: float | None = None,
     device: str | torch.device | None = None,
 ) -> NDArray[np.uint8]:
     """Label every pixel of `image`.
 
     Parameters
     ----------
-    model, image, depth, heads, channel_axis, tile, device
+    model, image, depth, heads, channel_axis, tile, memory, device
         As for `predict_tiles`.
 
     Returns
@@ -431,6 +450,7 @@ def predict(
         heads=heads,
         channel_axis=channel_axis,
         tile=tile,
+        memory=memory,
         device=device,
     )
     labels = np.zeros(_label_shape(image, channel_axis), np.uint8)
@@ -447,13 +467,14 @@ def predict_proba(
     heads: Literal["last", "mean"] = "last",
     channel_axis: int | None = None,
     tile: int | None = None,
+    memory: float | None = None,
     device: str | torch.device | None = None,
 ) -> NDArray[np.float32]:
     """Return the probability of every class at every pixel.
 
     Parameters
     ----------
-    model, image, depth, heads, channel_axis, tile, device
+    model, image, depth, heads, channel_axis, tile, memory, device
         As for `predict_tiles`.
 
     Returns
@@ -474,6 +495,7 @@ def predict_proba(
         heads=heads,
         channel_axis=channel_axis,
         tile=tile,
+        memory=memory,
         device=device,
     )
     shape = (len(model.classes), *_label_shape(image, channel_axis))

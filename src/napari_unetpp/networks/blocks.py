@@ -327,6 +327,16 @@ class GroupNorm(nn.GroupNorm):
         return groups.repeat_interleave(self.num_channels // self.num_groups)
 
 
+def normed(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
+    """Convolve and normalise: in one pass where the norm's statistics are fixed."""
+    if not isinstance(norm, GroupNorm) or norm.fixed is None or norm.measuring:
+        return cast("Tensor", norm(conv(x)))
+    scale, shift = norm.fixed
+    bias = cast("Tensor", conv.bias) * scale.flatten() + shift.flatten()
+    weight = conv.weight * scale.view(-1, 1, 1, 1)
+    return F.conv2d(x, weight, bias, padding=cast("tuple[int, int]", conv.padding))
+
+
 @torch.no_grad()
 def measure_norms(
     network: SegmentationNet, x: Tensor, depth: int | None = None
@@ -394,7 +404,7 @@ class Unit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to (N, F, H, W)."""
-        return F.relu(self.norm(self.conv(x)), inplace=True)
+        return F.relu(normed(self.conv, self.norm, x), inplace=True)
 
 
 class Block(nn.Module):
@@ -435,8 +445,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to (N, F, H, W)."""
-        a = self.drop1(F.relu(self.norm1(self.conv1(x)), inplace=True))
-        b = self.norm2(self.conv2(a))
+        a = self.drop1(F.relu(normed(self.conv1, self.norm1, x), inplace=True))
+        b = normed(self.conv2, self.norm2, a)
         if self.residual:
             b = a + b
         return cast("Tensor", self.drop2(F.relu(b, inplace=True)))

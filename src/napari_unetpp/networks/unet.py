@@ -118,6 +118,8 @@ class UNet(SegmentationNet):
         maps: dict[Node, Tensor] = {}
         for i, j in self.nodes(depth):
             maps[i, j] = self._node(i, j, maps, x)  # (N, F 2^i, H/2^i, W/2^i)
+            if i + j == depth and i:  # no later node reads what lies beside or below
+                maps = {n: m for n, m in maps.items() if n[0] < i or n == (i, j)}
         detail = self.detail(x) if self.config.refine else None
         found: list[Tensor] = []
         for d in [d for d in self.depths if d <= depth]:
