@@ -33,7 +33,7 @@ from skimage.feature import multiscale_basic_features
 from sklearn.ensemble import RandomForestClassifier
 
 from napari_unetpp import api
-from napari_unetpp.config import TrainConfig
+from napari_unetpp.config import NetConfig, TrainConfig
 from napari_unetpp.examples import read_examples
 from napari_unetpp.model import Model
 from napari_unetpp.train import starting_model
@@ -144,21 +144,29 @@ def run_network(
     times: tuple[float, ...],
     config: TrainConfig,
     ms: float | None = None,
+    *,
+    net: NetConfig | None = None,
+    trainer_class: type[Trainer] = Trainer,
 ) -> dict[str, Any]:
-    """Train once and score what a user would be shown at each time."""
+    """Train once and score what a user would be shown at each time.
+
+    `net` and `trainer_class` stand in for the network's default and for how it learns.
+    """
     clock = time.perf_counter()
     examples = read_examples(task.images, task.strokes, channel_axis=task.channel_axis)
     name = network.removesuffix("-scratch")
     start = starting_model(
         None,
-        name,
+        net or name,
         tuple(str(i + 1) for i in range(task.n_classes)),
         len(examples.images[0]),
         0,
         seed,
         pretrained=name == network,
     )
-    trainer = Trainer(start, examples, config, seed=seed, device=torch.device("cpu"))
+    trainer = trainer_class(
+        start, examples, config, seed=seed, device=torch.device("cpu")
+    )
     outside = 0.0
     rows = []
 
