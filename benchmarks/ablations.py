@@ -1,7 +1,7 @@
 """What each default is worth: every one changed alone, learning from strokes.
 
-    python benchmarks/ablations.py --data ../shared/data --out benchmarks/ablations.jsonl
-    python benchmarks/ablations.py --print benchmarks/ablations.jsonl
+    python benchmarks/ablations.py --data ../shared/data --out ablations.jsonl
+    python benchmarks/ablations.py --print ablations.jsonl
     python benchmarks/ablations.py --time
 
 Tasks, strokes and scores are those of strokes.py, on at most six unseen images of at
@@ -203,7 +203,7 @@ def main() -> None:
     """Run what is missing in the output file, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/ablations.jsonl"))
+    parser.add_argument("--out", type=Path, default=Path("ablations.jsonl"))
     parser.add_argument("--variants", default=",".join(VARIANTS))
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--seeds", type=int, default=3)
