@@ -71,9 +71,9 @@ VARIANTS = {
     "from step 0": Variant("deformation", {"warp_after": 0}),
     "batch norm": Variant("norm", net={"norm": "batch"}),
     "no norm": Variant("norm", net={"norm": "none"}),
-    "1 image, pooled": Variant("norm", images=1),
-    "1 image, not pooled": Variant(
-        "norm", {"pooled_norms": False}, images=1, beside="1 image, pooled"
+    "1 image": Variant("norm", images=1),
+    "1 image not pooled": Variant(
+        "norm", {"pooled_norms": False}, images=1, beside="1 image"
     ),
     "no edge term": Variant("loss", {"edges": 0.0}),
     "plain cross-entropy": Variant("loss", {"edges": 0.0, "balance": 0.0}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import dask.array
@@ -191,6 +192,22 @@ def test_strokes_painted_while_it_trains_are_learned(wait: Any, open_dock: Any) 
     assert (dock.link._mailbox.latest().strokes[0][0] == 2).sum() > 64
     dock.link.stop()
     wait(lambda: dock.link.state == "idle")
+
+
+def test_what_was_painted_just_before_train_is_shown_and_named(
+    wait: Any, open_dock: Any
+) -> None:
+    dock = open_dock(Image(picture()), Labels(strokes()))
+    wait(lambda: dock.classes._pixels == [108, 64])
+    layer = dock.viewer.layers[-1]
+    layer.data_setitem((np.array([0]), np.array([0])), 3)
+    time.sleep(_layers._QUIET + 0.05)  # no event of Qt: Train sees the change first
+    dock.train()
+    assert dock.classes._pixels == [108, 64, 1]
+    wait(lambda: dock.link.steps > 0)
+    dock.link.stop()
+    wait(lambda: dock.link.state == "idle")
+    assert len(dock.link.model.classes) == 3
 
 
 def test_painting_the_next_label_makes_a_class(wait: Any, open_dock: Any) -> None:

@@ -163,9 +163,16 @@ class LiveLink(QObject):
 
         `budget` : seconds to spend on planes that were never looked at.
         """
-        for link in self._links:
-            link.strokes.refresh(self._view(link).plane, budget=budget)
+        self._read(budget)
         return [(link.annotation, dict(link.strokes.planes)) for link in self._links]
+
+    def _read(self, budget: float) -> None:
+        """Copy the strokes that have changed, and tell that they have."""
+        changed = False
+        for link in self._links:
+            changed |= link.strokes.refresh(self._view(link).plane, budget=budget)
+        if changed:
+            self.counted.emit()
 
     @property
     def highest(self) -> int:
@@ -180,7 +187,7 @@ class LiveLink(QObject):
             return True
         for link in self._links:
             link.given_up = False
-            link.strokes.refresh(self._view(link).plane, budget=0.05)
+        self._read(budget=0.05)
         if not self._run(settings, "training"):
             return False
         self.ran, self._before = settings, self.steps
@@ -293,8 +300,7 @@ class LiveLink(QObject):
         links = self._links
         if not links:
             return None
-        for link in links:
-            link.strokes.refresh(self._view(link).plane, budget=1.0)
+        self._read(budget=1.0)
         return {
             "images": [
                 [
