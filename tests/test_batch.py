@@ -103,7 +103,7 @@ def test_arrays_as_tiles_and_as_files(model: api.Model, tmp_path: Path) -> None:
 
 def test_a_lazy_image_with_channels_is_read_window_by_window(model: api.Model) -> None:
     class Lazy:
-        shape, ndim, dtype = (1200, 1500, 1), 3, np.dtype(np.uint8)
+        shape, ndim, dtype = (2400, 3000, 1), 3, np.dtype(np.uint8)
         largest = 0
 
         def __getitem__(self, key: Any) -> np.ndarray:
@@ -114,7 +114,7 @@ def test_a_lazy_image_with_channels_is_read_window_by_window(model: api.Model) -
     lazy = Lazy()
     steps = api.predict_files(model, [api.Target(lazy, channel_axis=-1)], depth=1)
     assert states(steps)[-1] == ("image", "done")
-    assert 0 < lazy.largest < 1200 * 1500 / 2
+    assert 0 < lazy.largest < 2400 * 3000 / 2
 
 
 def test_what_is_done_is_skipped_and_what_failed_is_tried_again(
