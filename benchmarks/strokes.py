@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 # As the command line does, and before torch is imported.
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
 import tifffile

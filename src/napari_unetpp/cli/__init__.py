@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # A thread that waits spins for some microseconds: longer starves the others on a
     # busy computer (a step took 3 times as long), not at all halves the steps where
     # nobody else computes. OpenMP reads it when torch is imported, so it is set here.
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     console = Console(
         quiet=getattr(options, "quiet", False),
         verbose=getattr(options, "verbose", False),
