@@ -25,7 +25,10 @@ from napari_unetpp.predict import Geometry, default_tile, working_copy
 
 
 def alternate(
-    a: Callable[[], object], b: Callable[[], object], rounds: int, device: torch.device
+    a: Callable[[], object],
+    b: Callable[[], object],
+    rounds: int,
+    device: torch.device | None = None,
 ) -> tuple[float, float]:
     """Return the median seconds of a and b, called in turn after two warm-ups."""
     times: tuple[list[float], list[float]] = ([], [])
@@ -33,7 +36,7 @@ def alternate(
         for which, call in enumerate((a, b)):
             began = time.perf_counter()
             call()
-            if device.type == "cuda":
+            if device is not None and device.type == "cuda":
                 torch.cuda.synchronize(device)
             if n >= 2:
                 times[which].append(time.perf_counter() - began)

@@ -20,6 +20,7 @@ import io
 import itertools
 import math
 import time
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -176,9 +177,10 @@ def bare(
 # --- networks -------------------------------------------------------------------------
 
 
+@cache
 def peers() -> dict[str, torch.nn.Module]:
     """Return the UNet++ of the paper's width and those of two libraries."""
-    library = torch.library.Library("torchvision", "DEF")  # beside a CPU-only torch
+    library = torch.library.Library("torchvision", "DEF")  # a torch for CPUs lacks them
     for operator in ("nms", "qnms"):
         library.define(f"{operator}(Tensor a, Tensor b, float c) -> Tensor")
     import segmentation_models_pytorch as smp
@@ -212,7 +214,7 @@ def networks(rounds: int, kinds: list[str]) -> None:
         large = train and shape[2] > 128  # three rounds, since each takes a minute
         for half in (False, True):
             calls, work = {}, {}
-            for name, network in peers_once().items():
+            for name, network in peers().items():
                 cost = macs(network.eval(), torch.randn(shape)) * (3 if train else 1)
                 calls[name] = faster_layout(network, shape, train, half)
                 work[name] = cost
@@ -241,13 +243,6 @@ def faster_layout(
         call()
         found.append((time.perf_counter() - began, len(found), call))
     return min(found)[2]
-
-
-def peers_once(found: dict[str, torch.nn.Module] = {}) -> dict[str, torch.nn.Module]:  # noqa: B006
-    """Return `peers`, which can declare its operators but once."""
-    if not found:
-        found.update(peers())
-    return found
 
 
 def step(

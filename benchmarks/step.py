@@ -8,11 +8,11 @@ A and B alternate in one process; the figures are medians and the ratio of media
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
+from predict import alternate
 from skimage.data import immunohistochemistry
 
 from napari_unetpp import augment
@@ -21,20 +21,6 @@ from napari_unetpp.device import autocast
 from napari_unetpp.examples import Examples
 from napari_unetpp.model import create_model
 from napari_unetpp.trainer import Trainer
-
-
-def alternate(
-    a: Callable[[], object], b: Callable[[], object], rounds: int
-) -> tuple[float, float]:
-    """Return the median seconds of a and b, called in turn."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for n in range(rounds + 2):
-        for which, call in enumerate((a, b)):
-            began = time.perf_counter()
-            call()
-            if n >= 2:
-                times[which].append(time.perf_counter() - began)
-    return float(np.median(times[0])), float(np.median(times[1]))
 
 
 def trainer(network: str) -> Trainer:
