@@ -261,7 +261,7 @@ ITEMS = [
     "tensors network.", "tensors shown.", "tensors optimizer.exp_avg.",
     "tensors optimizer.exp_avg_sq.", "tensors optimizer.step.", "rows generator",
     "rows fresh", "values rng", "values steps", "values averaged_from",
-    "values fresh_until", "values frequency", "values estimates",
+    "values fresh_until", "values frequency", "values estimates", "values lesson_at",
 ]  # fmt: skip
 
 
@@ -286,6 +286,18 @@ def test_without_any_one_item_it_is_another_training(item: str) -> None:
         state.values["averaged_from"] = 0
     other.restore(blank(state, item))
     assert goes_on(other) != expected
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+def test_what_a_forest_has_taught_is_learned_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    monkeypatch.setattr("napari_unetpp.trainer._ASK", 1)
+    monkeypatch.setattr("napari_unetpp.trainer._LISTEN", 3)
+    run(tmp_path, max_steps=steps)
+    taught = run()
+    assert same(run(tmp_path, resume=True), taught)
+    assert not same(run(config=QUICK.replaced(forest=0.0)), taught)
 
 
 def test_the_items_are_all_there_are() -> None:

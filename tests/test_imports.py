@@ -50,7 +50,8 @@ TABLE = {
     "model": "modelfile networks preprocess io config errors",
     "examples": "preprocess config errors",
     "checkpoint": "modelfile io config errors",
-    "trainer": "model checkpoint losses augment sampling heldout score examples"
+    "teacher": "heldout",
+    "trainer": "teacher model checkpoint losses augment sampling heldout score examples"
     " parallel schedule networks device config errors",
     "pretrained": "model networks io errors",
     "train": "trainer pretrained model networks checkpoint examples preprocess device"
@@ -68,8 +69,8 @@ TABLE = {
     "batch": "cluster predict model io preprocess config errors",
     "api": "+live +batch bigimage evaluate pretrained isbi presets experiment samples"
     " project io",
-    "cli": "api parallel batch checkpoint evaluate experiment folders presets io"
-    " project samples config errors",
+    "cli": "api teacher parallel batch checkpoint evaluate experiment folders presets"
+    " io project samples config errors",
     "_sample_data": "samples",
     "_widgets": "messages config errors api live device script recovery project",
 }
@@ -83,7 +84,7 @@ QT = {
 KNOWS_NAPARI = {"_widgets", "_sample_data"}
 WITHOUT_TORCH = {
     "__init__", "errors", "config", "messages", "sampling", "evaluate", "modelfile",
-    "checkpoint", "recovery",
+    "checkpoint", "recovery", "teacher",
     "samples", "batch", "cluster", "script", "_sample_data", "isbi", "presets",
     "folders", "pictures", "report", "record", "experiment", "project",
 }  # fmt: skip

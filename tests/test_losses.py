@@ -21,6 +21,7 @@ from napari_unetpp.losses import (
     focal,
     generalised_dice,
     jaccard,
+    soft_cross_entropy,
 )
 
 EXACT = {"rel": 0, "abs": 1e-9}
@@ -817,3 +818,33 @@ def test_a_narrow_image_keeps_the_pairs_along_its_length() -> None:
     tall = edge_aware(labelled([[0], [1], [1]]), grey([[0.0]] * 3), distances=(1, 2))
     # Distance 1: one of two pairs differs; distance 2: the only pair does.
     torch.testing.assert_close(tall, torch.tensor((1 / 2 + 1) / 2))
+
+
+def test_soft_cross_entropy_of_a_worked_example() -> None:
+    logits = torch.tensor([[0.0, math.log(3)], [0.0, 0.0]])[None, :, None, :]
+    logits = logits.repeat(1, 1, 8, 1)  # p = (1/2, 1/2) and (3/4, 1/4)
+    rows = torch.full((1, 8, 2), -1)
+    assert float(soft_cross_entropy(logits, rows, torch.eye(2))) == 0
+    rows[0, 5, 1] = 1
+    table = torch.tensor([[1.0, 0.0], [0.25, 0.75]])
+    expected = -(0.25 * math.log(0.75) + 0.75 * math.log(0.25))
+    found = soft_cross_entropy(logits, rows, table)
+    assert float(found) == pytest.approx(expected, rel=1e-6)
+    rows[0, 2, 0] = 0
+    found = soft_cross_entropy(logits, rows, table)
+    assert float(found) == pytest.approx((expected + math.log(2)) / 2, rel=1e-6)
+
+
+def test_soft_cross_entropy_with_certain_rows_is_the_cross_entropy() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, 6, 7, generator=generator, requires_grad=True)
+    rows = torch.randint(-1, 3, (2, 6, 7), generator=generator)
+    soft = soft_cross_entropy(logits, rows, torch.eye(3))
+    hard = cross_entropy(logits, rows)
+    torch.testing.assert_close(soft, hard)
+    for found, expected in zip(
+        torch.autograd.grad(soft, logits),
+        torch.autograd.grad(hard, logits),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected)

@@ -534,6 +534,61 @@ def test_only_annotated_pixels_that_are_not_held_out_enter_the_loss(
     assert seen.sum() > 0.5 * (trained > 0).sum()
 
 
+def test_soft_labels_lie_where_the_forest_put_them() -> None:
+    image = np.stack(np.indices((170, 150))).astype(np.float32)
+    paint = np.zeros((170, 150), np.uint8)
+    paint[20:30, 10:130], paint[100:110, 10:130] = 1, 2
+    own = Trainer(
+        create_model(working_config("unet++", 2, 2, width=4, levels=2)),
+        read_examples(image, paint, channel_axis=0),
+        QUICK.replaced(**exact(held_out=0.25), forest=1.0),
+        seed=3,
+        device=CPU,
+    )
+    own.steps = 25
+    own.step()
+    lesson, table = own._lesson, own._table
+    assert lesson is not None
+    assert table is not None
+    low, high = np.percentile(image.reshape(2, -1), (1, 99.8), axis=1)
+    belief = np.full((*paint.shape, 2), np.nan, np.float32)
+    belief.reshape(-1, 2)[lesson.places[0]] = lesson.beliefs[0]
+    belief[own.held_out.mask(paint.shape) | (paint > 0)] = np.nan
+    patches, target = own.batch()
+    place = patches.numpy() * (high - low)[:, None, None] + low[:, None, None]
+    rows, columns = np.moveaxis(np.rint(place).astype(int), 1, 0)
+    known = (own._rows >= 0).numpy()
+    assert 0.01 < known.mean() < 0.04
+    assert not (known & (target >= 0).numpy()).any()
+    np.testing.assert_array_equal(
+        table[own._rows[own._rows >= 0]].numpy(), belief[rows[known], columns[known]]
+    )
+
+
+def test_a_forest_teaches_what_is_new_or_goes_on_with_its_images() -> None:
+    fresh = run(max_steps=1, config=QUICK.replaced(forest=1.0))
+    alone = run(max_steps=1, config=QUICK.replaced(forest=0.0))
+    assert fresh.provenance["taught"]
+    assert not alone.provenance["taught"]
+    again = QUICK.replaced(forest=1.0)
+    assert run(max_steps=1, model=fresh, config=again).provenance["taught"]
+    assert not run(max_steps=1, model=alone, config=again).provenance["taught"]
+    other = run(max_steps=1, model=fresh, config=again, images=IMAGE[::-1].copy())
+    assert not other.provenance["taught"]
+
+
+def test_without_memory_for_a_forest_it_trains_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def teach(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("napari_unetpp.teacher.Teacher.teach", teach)
+    config = QUICK.replaced(forest=1.0)
+    assert run(max_steps=27, config=config).provenance["steps"] == 27
+    assert "forest" in caplog.text
+
+
 def test_the_warped_annotation_lies_on_the_warped_image() -> None:
     # Class 1 is dark, class 2 is bright, what is not annotated is between.
     image = np.full((120, 120), 50.0, np.float32)
@@ -967,6 +1022,7 @@ def test_the_origin_is_written_down(tmp_path: Path) -> None:
     assert set(found) == {
         "napari_unetpp", "torch", "python", "device", "threads", "seed", "steps",
         "held_out", "held_out_score", "held_out_interval", "settings", "data", "parent",
+        "taught",
     }  # fmt: skip
     assert found["seed"] == 5
     assert found["steps"] == 2

@@ -290,6 +290,9 @@ class TrainConfig(Settings):
         else the connected regions of a class.
     edges : float
         Weight of the energy that draws borders between strokes to edges of the image.
+    forest : float
+        Weight of what a random forest on the same strokes makes of other pixels; 0: no
+        forest, as for a model that was trained without and goes on.
     balance : float
         0 to 1: exponent of the inverse class frequency that weighs the cross-entropy.
     prior : float
@@ -355,6 +358,7 @@ class TrainConfig(Settings):
     border: float = 0.0
     border_sigma: float = 5.0
     edges: float = 1.0
+    forest: float = 1.0
     balance: float = 1.0
     prior: float = 0.5
     averaging: float = 6.0
@@ -405,6 +409,7 @@ class TrainConfig(Settings):
             "border": (0, 1000),
             "border_sigma": (0.1, 1000),
             "edges": (0, 1000),
+            "forest": (0, 1000),
             "balance": (0, 1),
             "prior": (0, 1),
             "averaging": (0, 1000),

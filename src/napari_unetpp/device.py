@@ -8,6 +8,7 @@ import platform
 import sys
 import weakref
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -218,6 +219,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "napari-unetpp": __version__,
         "torch": str(torch.__version__),
         "numpy": np.__version__,
+        **{name: version(name) for name in ("scikit-image", "scikit-learn")},
         "system": platform.system(),
         "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "device": name,

@@ -341,6 +341,36 @@ def deep_supervision(
     return torch.stack([loss(logits, target) for logits in heads]).mean()
 
 
+def soft_cross_entropy(logits: Tensor, rows: Tensor, table: Tensor) -> Tensor:
+    """Cross entropy with class probabilities that are known at some pixels.
+
+    Parameters
+    ----------
+    logits : Tensor
+        (N, K, H, W).
+    rows : Tensor
+        (N, H, W) integers: each pixel's row of `table`, -1 where it has none.
+    table : Tensor
+        (R, K) float, each row summing to 1.
+
+    Returns
+    -------
+    Tensor
+        0-d: mean over the pixels that have a row of ``-sum_k table_k log p_k``; 0
+        where there is none.
+
+    References
+    ----------
+    .. [1] Hinton et al., Distilling the Knowledge in a Neural Network, 2015,
+           :arXiv:`1503.02531`
+    """
+    _check(logits, rows, least=2)
+    scores, rows, _ = _compact(logits, rows)
+    known = rows != IGNORE
+    wanted = (table[rows.clamp_min(0)] * known[..., None]).movedim(-1, 1)  # (B, K, P)
+    return _ratio(-(wanted * scores.log_softmax(1)).sum(), known.sum())
+
+
 def edge_aware(
     logits: Tensor,
     image: Tensor,

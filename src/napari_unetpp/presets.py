@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _DENSE = TrainConfig(
     pretrained=False,
     edges=0.0,
+    forest=0.0,
     balance=0.0,
     prior=0.0,
     averaging=0.0,

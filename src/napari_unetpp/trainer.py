@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import platform
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ from napari_unetpp.heldout import HeldOut
 from napari_unetpp.networks.blocks import pool_norms
 from napari_unetpp.sampling import Draw, PatchSampler
 from napari_unetpp.score import Score, Scorer
+from napari_unetpp.teacher import Lesson, Teacher
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -43,11 +45,15 @@ if TYPE_CHECKING:
     from napari_unetpp.examples import Examples
     from napari_unetpp.model import Model, TrainStep
 
+_log = logging.getLogger("napari_unetpp")
+
 _SCORE_EVERY = 50  # steps; a score of a UNet++ takes as long as about five
 _RAMP = 50  # steps in which the energy between strokes reaches its weight
 _FRESH = 40  # steps in which half of each batch comes from what was painted last
 _SEVERAL, _LONG = 4, 64  # steps that one average stands for, once it is so old
 _RECALL = 10  # steps that the averaged weights remember when new strokes arrive
+_ASK, _LISTEN = 4, 25  # steps after new strokes: a forest learns them meanwhile
+_SOFT = 256  # in the annotation: this and more are soft labels, less is painted
 _TRIES = 6  # of a step, with half the patches or half their side each time
 _LEAST = 32  # px, side of the smallest patch that is tried
 _ADAM = frozenset({"step", "exp_avg", "exp_avg_sq"})  # what it remembers of a weight
@@ -130,8 +136,14 @@ class Trainer:
         self.resumed: list[dict[str, Any]] = []
         self.judge: Callable[[Model, int], float] | None = None
         self._pixel_weights: Tensor | None = None  # of the batch that was drawn last
+        self._rows: Tensor | None = None  # of it, too: of the soft labels' table
         self._rng = np.random.default_rng(seed)
         self._generator = torch.Generator().manual_seed(seed)
+        self._teacher = None
+        if config.forest and _is_taught(model, examples):
+            self._teacher = Teacher(self._n_classes, self.held_out, seed)
+        self._lesson: Lesson | None = None
+        self._lesson_at, self._asked = _LISTEN, False
         self._read(examples)
         self.network = model.copy().network.to(
             device, memory_format=torch.channels_last
@@ -180,7 +192,7 @@ class Trainer:
         if self._config.border:
             self._weighed = self._with_weights(examples)
         self._arrays, self._training = examples.images, training
-        self._targets = [torch.from_numpy(t).to(self.device) for t in training]
+        self._put_targets()
         self._sampler = PatchSampler(training, self._config.patch, self._rng)
         self.painted = heldout.count(training, self._n_classes)
         self._scorer = Scorer(
@@ -191,6 +203,37 @@ class Trainer:
             margin=self._start.network.margin,
             seed=self._seed,
         )
+
+    def _put_targets(self) -> None:
+        """Bring the annotation to the device, with the soft labels if there are any."""
+        self._targets = [torch.from_numpy(t).to(self.device) for t in self._training]
+        self._table: Tensor | None = None
+        if self._lesson is None:
+            return
+        number = _SOFT
+        for i, places in enumerate(self._lesson.places):
+            rows = torch.arange(number, number + len(places), dtype=torch.int32)
+            target = self._targets[i].int()
+            target.view(-1)[torch.from_numpy(places).to(self.device)] = rows.to(target)
+            self._targets[i] = target
+            number += len(places)
+        table = np.concatenate(self._lesson.beliefs)
+        self._table = torch.from_numpy(table).to(self.device)
+
+    def _attend(self) -> None:
+        """Let a forest learn from new strokes, and take over what it made of them."""
+        if self._teacher is None or self._lesson_at < 0:
+            return
+        if not self._asked and self.steps >= self._lesson_at - (_LISTEN - _ASK):
+            self._asked = True
+            self._teacher.ask(self._arrays, self._training, self._examples.numbers)
+        if self.steps >= self._lesson_at:
+            self._lesson_at = -1
+            try:
+                self._lesson = self._teacher.answer()
+            except MemoryError:
+                _log.warning("No memory is left for a random forest: it is left out.")
+            self._put_targets()
 
     def _with_weights(self, examples: Examples) -> list[Tensor]:
         """Return the images with their border weights as one more channel."""
@@ -209,6 +252,7 @@ class Trainer:
         is seen within a second or two.
         """
         old = {id(i): t for i, t in zip(self._arrays, self._training, strict=True)}
+        self._lesson = None
         self._read(examples)
         fresh = []
         for image, target in zip(self._arrays, self._training, strict=True):
@@ -218,6 +262,7 @@ class Trainer:
         self._look_at(fresh)  # the image numbers of the last ones were the old list's
         if self._fresh is not None:
             self._fresh_until = self.steps + _FRESH
+        self._lesson_at, self._asked = self.steps + _LISTEN, False
         self._averaged_from = max(self._averaged_from, self.steps - _RECALL)
 
     def _look_at(self, fresh: list[NDArray[np.uint8]]) -> None:
@@ -280,6 +325,10 @@ class Trainer:
         if c.border:
             patches, weights = patches[:, :-1], patches[:, -1]
             self._pixel_weights = _inner(weights, self.network.margin)
+        annotation = _inner(annotation, self.network.margin)
+        if self._table is not None:
+            self._rows = (annotation.long() - _SOFT).clamp_min(losses.IGNORE)
+            annotation = torch.where(annotation < _SOFT, annotation, 0)
         patches = augment.grey_values(
             patches,
             self._generator,
@@ -290,7 +339,6 @@ class Trainer:
             channel_share=c.channel_share if patches.shape[1] > 1 else 0.0,
         )
         target = annotation.long() - 1
-        target = _inner(target, self.network.margin)
         return patches.to(memory_format=torch.channels_last), target
 
     def _draw(self, n: int) -> Draw:
@@ -315,6 +363,7 @@ class Trainer:
             If memory runs out six times.
         """
         self.note = ""
+        self._attend()
         before = self._mark()
         with deterministic(self._config.deterministic):
             value: float = self._within_memory(self._learn, lambda: self._undo(before))
@@ -420,7 +469,7 @@ class Trainer:
             own = patches[self._team.share(len(patches))]
             heads = self._team.joined(self.network(own, self._depth()))
         loss = self._loss(heads, target)
-        total = loss + self._between_strokes(heads, patches)
+        total = loss + self._between_strokes(heads, patches) + self._taught(heads)
         self._optimizer.zero_grad(set_to_none=True)
         total.backward()  # type: ignore[no-untyped-call]
         weights = [p for _, p in self._learned()]
@@ -501,6 +550,18 @@ class Trainer:
         image = _inner(patches, self.network.margin)
         return weight * losses.edge_aware(heads[-1], image)
 
+    def _taught(self, heads: list[Tensor]) -> Tensor | float:
+        """Return how far the heads are from what the forest believes."""
+        table = self._table
+        if table is None or self._rows is None:
+            return 0.0
+        apart = losses.deep_supervision(
+            heads,
+            self._rows,
+            lambda logits, rows: losses.soft_cross_entropy(logits, rows, table),
+        )
+        return self._config.forest * apart
+
     def _class_weights(self, target: Tensor) -> Tensor | None:
         """Inverse of the classes' running frequency in the batches."""
         if self._config.balance == 0:
@@ -573,6 +634,7 @@ class Trainer:
             "settings": self._config.to_dict(),
             "data": examples.fingerprints[:64],
             "parent": self._start.provenance.get("digest"),
+            "taught": self._teacher is not None,
             **({"resumed": self.resumed[-64:]} if self.resumed else {}),
         }
 
@@ -631,6 +693,7 @@ class Trainer:
             "fresh_until": self._fresh_until,
             "estimates": [[d, score.to_list()] for d, score in self.estimates.items()],
             "frequency": self._frequency.tolist(),
+            "lesson_at": self._lesson_at if self._lesson_at >= 0 else self.steps,
             "rng": chance(self._rng),
         }
         if self._config != self._wished:  # memory has run out
@@ -685,6 +748,9 @@ class Trainer:
         self._restore_optimizer(tensors)
         self._averaged_from = check_whole(values["averaged_from"], 0, self.steps)
         self._fresh_until = check_whole(values["fresh_until"], 0)
+        self._lesson_at = self.steps + _LISTEN
+        if same_data:
+            self._lesson_at = check_whole(values["lesson_at"], 0)
         self.estimates = {
             check_whole(depth, 1, 6): Score.from_list(score)
             for depth, score in values["estimates"]
@@ -745,6 +811,19 @@ class Trainer:
         # A class without strokes (yet) keeps what the network thinks of it.
         log = np.log(np.where(share > 0, share, 1 / self._n_classes) * self._n_classes)
         return tuple(float(v) for v in self._config.prior * self._config.balance * log)
+
+
+def _is_taught(model: Model, examples: Examples) -> bool:
+    """Return whether a forest may teach it: what knows more than one would forget it.
+
+    That is a new network, or one that goes on with images that it learned so.
+    """
+    known = model.provenance
+    if "steps" not in known or not known.get("taught"):
+        return "steps" not in known
+    learned = known.get("data")
+    before = {str(d)[:16] for d in learned} if isinstance(learned, list) else set()
+    return any(f[:16] in before for f in examples.fingerprints)
 
 
 def is_scored(step: int, every: int | None = None) -> bool:

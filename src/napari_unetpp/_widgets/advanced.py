@@ -70,6 +70,12 @@ class Advanced(QWidget):
             "seen nuclei of many kinds; everything else from random ones.",
         )
         self._pretrained.setChecked(default.pretrained)
+        self._forest = _check(
+            "Learn from a random forest, too",
+            "A random forest on your strokes, which is right about grey values and "
+            "colours at once, tells the network what it thinks of other pixels.",
+        )
+        self._forest.setChecked(default.forest > 0)
         self._elastic = _check(
             "Elastic deformation",
             "Bend, turn and scale the patches after the first steps.",
@@ -92,6 +98,7 @@ class Advanced(QWidget):
         form.addRow("Learning rate", self._rate)
         form.addRow("Patch", self._patch)
         form.addRow("Draw to edges", self._edges)
+        form.addRow(self._forest)
         form.addRow(self._elastic)
         form.addRow(self._pretrained)
         self._learning = QWidget()
@@ -127,6 +134,8 @@ class Advanced(QWidget):
             "edges": round(self._edges.value(), 2),
             "pretrained": self._pretrained.isChecked(),
         }
+        if not self._forest.isChecked():
+            chosen["forest"] = 0.0
         if not self._elastic.isChecked():
             chosen |= {"elastic_sigma": 0.0, "rotation": 0.0, "scale": 0.0}
         return {k: v for k, v in chosen.items() if v != getattr(default, k)}
@@ -139,6 +148,7 @@ class Advanced(QWidget):
             self._rate,
             self._patch,
             self._edges,
+            self._forest,
             self._elastic,
             self._pretrained,
         ):

@@ -133,15 +133,11 @@ def forest(sample: Sample, *, seed: int = 0) -> Labels:
     Intensity, edges and texture at 0.7 to 16 px, 100 trees with balanced classes,
     fitted on every stroke: what ilastik and napari's pixel classifiers do.
     """
-    from skimage.feature import multiscale_basic_features
     from sklearn.ensemble import RandomForestClassifier
 
-    features = multiscale_basic_features(  # type: ignore[no-untyped-call]
-        sample.image,
-        sigma_min=0.7,
-        sigma_max=16,
-        channel_axis=sample.channel_axis,
-    )
+    from napari_unetpp.teacher import pixel_features
+
+    features = pixel_features(sample.image, sample.channel_axis)
     annotated = sample.strokes > 0
     trees = RandomForestClassifier(
         100, class_weight="balanced", n_jobs=-1, random_state=seed
