@@ -9,9 +9,6 @@ import tempfile
 # ten times as long as one, and the figures of one are the same everywhere.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Never the user's own: a test's strokes would be offered in the next napari.
-os.environ["NAPARI_UNETPP_RECOVERY"] = tempfile.mkdtemp(prefix="napari-unetpp-")
-
 import hypothesis
 import pytest
 
@@ -20,6 +17,13 @@ hypothesis.settings.register_profile(
     "tests", deadline=None, derandomize="CI" in os.environ, print_blob=True
 )
 hypothesis.settings.load_profile("tests")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep a test's strokes from being offered in the user's next napari."""
+    folder = tempfile.TemporaryDirectory(prefix="napari-unetpp-")
+    os.environ["NAPARI_UNETPP_RECOVERY"] = folder.name
+    config.add_cleanup(folder.cleanup)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
