@@ -12,9 +12,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import hypothesis
 import pytest
 
-# No deadline: how long an example takes says nothing about whether it is right.
+# How long an example takes, or its making, says nothing about whether it is right.
 hypothesis.settings.register_profile(
-    "tests", deadline=None, derandomize="CI" in os.environ, print_blob=True
+    "tests",
+    deadline=None,
+    derandomize="CI" in os.environ,
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("tests")
 
