@@ -9,17 +9,25 @@ import tempfile
 # ten times as long as one, and the figures of one are the same everywhere.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Never the user's own: a test's strokes would be offered in the next napari.
-os.environ["NAPARI_UNETPP_RECOVERY"] = tempfile.mkdtemp(prefix="napari-unetpp-")
-
 import hypothesis
 import pytest
 
-# No deadline: how long an example takes says nothing about whether it is right.
+# How long an example takes, or its making, says nothing about whether it is right.
 hypothesis.settings.register_profile(
-    "tests", deadline=None, derandomize="CI" in os.environ, print_blob=True
+    "tests",
+    deadline=None,
+    derandomize="CI" in os.environ,
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("tests")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep a test's strokes from being offered in the user's next napari."""
+    folder = tempfile.TemporaryDirectory(prefix="napari-unetpp-")
+    os.environ["NAPARI_UNETPP_RECOVERY"] = folder.name
+    config.add_cleanup(folder.cleanup)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

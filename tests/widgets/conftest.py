@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,12 @@ from napari_unetpp._widgets import _worker, offer
 def _settings_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NAPARI_CONFIG", str(tmp_path / "settings.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def _imports_are_no_garbage() -> None:
+    """Spare napari's collection after each test the half million objects before it."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

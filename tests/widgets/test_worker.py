@@ -250,6 +250,7 @@ def test_nothing_of_a_run_is_kept_after_it(runner: Any, wait: Any, how: str) -> 
 
 
 def test_what_a_run_changes_for_the_process_is_put_back(runner: Any, wait: Any) -> None:
+    gc.unfreeze()  # what conftest.py froze
     inside: dict[str, Any] = {}
     before = sys.getswitchinterval()
 
