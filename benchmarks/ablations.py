@@ -75,6 +75,7 @@ VARIANTS = {
     "1 image not pooled": Variant(
         "norm", {"pooled_norms": False}, images=1, beside="1 image"
     ),
+    "no forest": Variant("loss", {"forest": 0.0}),
     "no edge term": Variant("loss", {"edges": 0.0}),
     "plain cross-entropy": Variant("loss", {"edges": 0.0, "balance": 0.0}),
     "plus Dice": Variant("loss", trainer=WithDice),

@@ -49,9 +49,9 @@ def step_overhead(network: str, rounds: int) -> None:
     Bare: forward, the same losses, backward, optimizer. Whole: a batch is drawn and
     warped as well, classes are weighed and the weights averaged. Scores are not due.
     """
-    made = trainer(network)
-    patches, target = made.batch()
-    twin = trainer(network)
+    made, twin = trainer(network), trainer(network)
+    twin._attend()  # to the forest, as `made` does at its first step
+    patches, target = twin.batch()
     net, optimizer = twin.network.train(), twin._optimizer
 
     # UNet++ goes through its depths in turn: all of them count, as often as they come.
@@ -61,6 +61,7 @@ def step_overhead(network: str, rounds: int) -> None:
         with autocast(torch.device("cpu"), True):
             heads = net(patches, twin._depth())
         loss = twin._loss(heads, target) + twin._between_strokes(heads, patches)
+        loss = loss + twin._taught(heads)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
