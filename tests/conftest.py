@@ -19,6 +19,9 @@ import pytest
 hypothesis.settings.register_profile(
     "tests", deadline=None, derandomize="CI" in os.environ, print_blob=True
 )
+hypothesis.settings.register_profile(
+    "long", hypothesis.settings.get_profile("tests"), max_examples=20_000
+)
 hypothesis.settings.load_profile("tests")
 
 
