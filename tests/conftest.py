@@ -22,6 +22,9 @@ hypothesis.settings.register_profile(
 hypothesis.settings.register_profile(
     "long", hypothesis.settings.get_profile("tests"), max_examples=20_000
 )
+hypothesis.settings.register_profile(
+    "sequences", hypothesis.settings.get_profile("tests"), max_examples=300
+)
 hypothesis.settings.load_profile("tests")
 
 

@@ -10,7 +10,6 @@ import hashlib
 import json
 import shutil
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,6 +33,7 @@ from napari_unetpp.io.unfinished import Part
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
+    from pathlib import Path
 
 # How many examples a profile tries; the suite's are few, since each costs a run.
 MANY = settings().max_examples
@@ -114,8 +114,10 @@ def test_settings(known: Any, edits: list[Any]) -> None:
         assert type(known).from_dict(json.loads(found.to_json())) == found
 
 
-NOTE = recovery.Note("a" * 32, "x", classes=("a", "b"), colours=("#000000",),
-                     scale=(1.0, 2.0), translate=(0.0, 1.0), session="b" * 32)  # fmt: skip
+NOTE = recovery.Note(
+    "a" * 32, "x", classes=("a", "b"), colours=("#000000",), scale=(1.0, 2.0),
+    translate=(0.0, 1.0), session="b" * 32,
+)  # fmt: skip
 STROKES = recovery.to_bytes(NOTE, recovery.pack(np.eye(300, dtype=np.uint8)))
 
 
@@ -288,8 +290,9 @@ WORDS = [
     "cuda:9", "\0", "\ud800", "a" * 300, "9" * 30, "9" * 5000, "images", "paint/a.tif",
     "rgb.tif", "bad.tif", "none", "m.safetensors", "p", "p/project.json", "groups.csv",
     "n.safetensors", "n.SAFETENSORS", "out/a/b.tif", "unet", "fcn-8s", "mean", "last",
-    "tcp://1:x", "a,b", "a,a", ",", "1,2,3", "0,0,0", "1,nan,1", "(", "(a|b)", "batch=0",
-    "batch=1e999", "patch=16", "width=4", "x=[[[[", "=", "loss=dice", "gamma=NaN",
+    "tcp://1:x", "a,b", "a,a", ",", "1,2,3", "0,0,0", "1,nan,1", "(", "(a|b)",
+    "batch=0", "batch=1e999", "patch=16", "width=4", "x=[[[[", "=", "loss=dice",
+    "gamma=NaN",
     "unet-2015", "[" * 3000, "x=" + "[" * 30_000,
 ]  # fmt: skip
 

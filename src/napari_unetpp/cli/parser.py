@@ -23,7 +23,8 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         sys.stderr.write(
-            f"napari-unetpp: error: {plain(message)}\nSee `{self.prog} --help` for help.\n"
+            f"napari-unetpp: error: {plain(message)}\n"
+            f"See `{self.prog} --help` for help.\n"
         )
         raise SystemExit(2)
 

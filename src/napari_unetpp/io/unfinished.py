@@ -63,8 +63,8 @@ class Part:
     def _digest(self) -> str:
         """Return what tells whether the labels are of the form that they were given."""
         digest = hashlib.sha256()
-        for path in sorted((*self.labels.glob("*.json"), *self.labels.glob("*/*.json"),
-                            *self.labels.glob(".z*"), *self.labels.glob("*/.z*"))):  # fmt: skip
+        forms = ("*.json", "*/*.json", ".z*", "*/.z*")
+        for path in sorted(p for form in forms for p in self.labels.glob(form)):
             digest.update(path.relative_to(self.labels).as_posix().encode())
             digest.update(path.read_bytes())
         return digest.hexdigest()
