@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 # How many examples a profile tries; the suite's are few, since each costs a run.
 MANY = settings().max_examples
 few = settings(
-    max_examples=MANY if MANY != 100 else 25,
+    max_examples=MANY if MANY != 100 else 10,
     suppress_health_check=list(HealthCheck),
 )
 

@@ -306,7 +306,7 @@ def test_sequences(
         Docks,
         settings=settings(
             max_examples=300 if long else 2,
-            stateful_step_count=50 if long else 20,
+            stateful_step_count=50 if long else 12,
             suppress_health_check=list(settings().suppress_health_check),
         ),
     )
