@@ -20,6 +20,12 @@ hypothesis.settings.register_profile(
     print_blob=True,
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
+hypothesis.settings.register_profile(
+    "long", hypothesis.settings.get_profile("tests"), max_examples=20_000
+)
+hypothesis.settings.register_profile(
+    "sequences", hypothesis.settings.get_profile("tests"), max_examples=300
+)
 hypothesis.settings.load_profile("tests")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ import yaozarrs
 import zarr
 
 from napari_unetpp import api
+from napari_unetpp.cli import main
 from napari_unetpp.errors import ImageFileError, MissingPackageError, SaveError
 
 if TYPE_CHECKING:
@@ -191,6 +193,63 @@ def test_what_is_no_image(tmp_path: Path) -> None:
     }.items():  # fmt: skip
         with pytest.raises(ImageFileError, match=told):
             api.open_image(tmp_path / f"{name}.zarr")
+
+
+def damaged(path: Path, how: str) -> Path:
+    """Write an image of four chunks and spoil the last one, or the codec of all."""
+    to_zarr(path, picture(100, 100))
+    if how == "foreign codec":
+        text = (path / "zarr.json").read_text(encoding="utf-8")
+        (path / "zarr.json").write_text(text.replace('"zstd"', '"jpeg2000"'))
+        return path
+    chunk = path / "c" / "1" / "1"
+    if how == "missing":
+        chunk.unlink()
+    else:
+        chunk.write_bytes(chunk.read_bytes()[:30] if how == "cut" else bytes(50))
+    return path
+
+
+@pytest.mark.parametrize("how", ["cut", "zeros", "foreign codec"])
+def test_a_damaged_zarr_image_is_told(
+    how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = damaged(tmp_path / "a.zarr", how), tmp_path / "out.zarr"
+    before = {p: p.read_bytes() for p in path.rglob("*") if p.is_file()}
+    with pytest.raises(ImageFileError, match=r"`a\.zarr` .*(damaged|jpeg2000)"):
+        api.predict_to_zarr(model_of(), path, out, tile=TILE)
+    model_of().save(tmp_path / "m.safetensors")
+    call = ["predict", str(tmp_path / "m.safetensors"), str(path), "-o", str(out)]
+    assert main(call) == 3
+    assert "`a.zarr`" in capsys.readouterr().err
+    if how != "foreign codec":  # which zarr itself refuses to open
+        array = zarr.open_array(path, mode="r")
+        with pytest.raises(ImageFileError, match="cannot be read from its file"):
+            api.predict(model_of(), array)
+        paint = np.ones((100, 100), np.uint8)
+        for pair in ((array, paint), (picture(100, 100), array)):
+            with pytest.raises(ImageFileError, match="cannot be read from its file"):
+                api.train(*pair, max_steps=1)
+    assert not out.exists()  # what is done is kept beside it, to go on with
+    assert {p: p.read_bytes() for p in path.rglob("*") if p.is_file()} == before
+
+
+def test_a_chunk_that_is_not_stored_has_the_fill_value(tmp_path: Path) -> None:
+    lazy = api.open_image(damaged(tmp_path / "a.zarr", "missing"))
+    assert not lazy[50:, 50:].any()  # as Zarr says; empty chunks are stored so
+    np.testing.assert_array_equal(lazy[:50], picture(100, 100)[:50])
+
+
+@pytest.mark.parametrize("kind", ["plain", "packed"])
+def test_a_tiff_that_is_cut_between_two_regions(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    options = {"compression": "zlib", "tile": (32, 32)} if kind == "packed" else {}
+    tifffile.imwrite(path, picture(200, 200), **options)
+    lazy = api.open_image(path)
+    lazy[:10]
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(ImageFileError, match=r"`a\.tif` is damaged: a part of it"):
+        lazy[150:]
 
 
 def test_a_package_that_is_missing_is_named(

@@ -389,6 +389,18 @@ GAP[GAP == 2] = 7
             {"max_steps": 1.5},
             "`max_steps` must be a whole number, got 1.5",
         ),
+        (
+            IMAGE,
+            PAINT,
+            {"max_steps": 10**12},
+            "`max_steps` must lie between 1 and 1000000000, got 1000000000000",
+        ),
+        (
+            np.ones((1, 1)),
+            np.ones((1, 1), np.uint8),
+            {"classes": ("a", "b")},
+            "must have contrast",
+        ),
         (IMAGE, PAINT, {"max_seconds": -1}, "`max_seconds` must lie between 0 and"),
         (IMAGE, PAINT, {"max_seconds": float("inf")}, "`max_seconds` must lie between"),
         (IMAGE, PAINT, {"max_seconds": "5"}, "`max_seconds` must be a number, got '5'"),
@@ -438,6 +450,15 @@ def test_images_may_be_smaller_than_a_patch(shape: tuple[int, int]) -> None:
     paint[0, 0], paint[-1, -1] = 1, 2
     model = run(images=image, paint=paint)
     assert predict(model, image).shape == shape
+
+
+def test_two_pixels_per_class_in_a_file_that_is_read_only(tmp_path: Path) -> None:
+    paint = np.zeros_like(PAINT)
+    paint[0, :2], paint[9, 3:5] = 1, 2
+    np.save(tmp_path / "paint.npy", paint)
+    own = run(paint=np.load(tmp_path / "paint.npy", mmap_mode="r"))
+    assert same(own, run(paint=paint))
+    np.testing.assert_array_equal(np.load(tmp_path / "paint.npy"), paint)
 
 
 def test_sizes_and_dtypes_may_be_mixed() -> None:

@@ -58,10 +58,10 @@ class Settings:
                 f"{cls.__name__} must be a table of settings, got {values!r}."
             )
         known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
-        unknown = sorted(set(values) - known)
+        unknown = sorted(map(repr, set(values) - known))
         if unknown:
             raise ValueError(
-                f"{cls.__name__} has no setting {', '.join(map(repr, unknown))}. "
+                f"{cls.__name__} has no setting {', '.join(unknown)}. "
                 f"Known: {', '.join(sorted(known))}."
             )
         needed = {f.name for f in fields(cls) if f.default is MISSING}  # type: ignore[arg-type]

@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from napari_unetpp.preprocess import Planes, Preprocessing, check_annotation
+from napari_unetpp.preprocess import (
+    Planes,
+    Preprocessing,
+    check_annotation,
+    read_part,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -87,7 +92,7 @@ def read_examples(
         name = f"annotation{which}"
         check_annotation(annotation, source, name)
         targets = (
-            (n, _target(np.asarray(annotation[source.index(n)]), unlabelled, name))
+            (n, _target(read_part(annotation, source.index(n)), unlabelled, name))
             for n in range(len(source))
         )
         planes.append({n: target for n, target in targets if target.any()})

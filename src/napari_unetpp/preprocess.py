@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from napari_unetpp.config import Settings, check_number
+from napari_unetpp.errors import ImageFileError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -147,6 +148,24 @@ def _check_finite(values: NDArray[Any], name: str) -> None:
         )
 
 
+def read_part(array: Any, key: tuple[int | slice, ...]) -> NDArray[Any]:
+    """Return a part of an array, which may lie in a file.
+
+    Raises
+    ------
+    ImageFileError
+        If that file is damaged or gone.
+    """
+    try:
+        return np.asarray(array[key])
+    # What zarr, dask and the codecs below them raise.
+    except (LookupError, OSError, RuntimeError, ValueError) as error:
+        raise ImageFileError(
+            "A part of an image or annotation cannot be read from its file "
+            f"({str(error)[:200] or type(error).__name__}). Copy the file once more."
+        ) from error
+
+
 class Plane:
     """One plane of an image as (C, Y, X), which reads what it is asked for and no more.
 
@@ -177,9 +196,9 @@ class Plane:
         channels, rows, columns = key
         whole: list[int | slice] = [*self._index, rows, columns]
         if self._axis is None:
-            return np.asarray(self._image[tuple(whole)])[None][channels]
+            return read_part(self._image, tuple(whole))[None][channels]
         whole.insert(self._axis, channels)
-        block = np.asarray(self._image[tuple(whole)])
+        block = read_part(self._image, tuple(whole))
         return np.moveaxis(block, max(0, self._axis - len(self._index)), 0)
 
 

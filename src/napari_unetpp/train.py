@@ -430,7 +430,7 @@ def _check_limits(max_seconds: Any, max_steps: Any, seed: Any) -> None:
     if max_seconds is not None:
         check_number("max_seconds", max_seconds, 0, 1e9)
     if max_steps is not None:
-        check_number("max_steps", max_steps, 1, 10**12, whole=True)
+        check_number("max_steps", max_steps, 1, 10**9, whole=True)
     check_number("seed", seed, 0, 2**63 - 1, whole=True)
 
 

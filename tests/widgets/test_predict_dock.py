@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import threading
 import time
@@ -19,11 +20,12 @@ from qtpy.QtCore import QMimeData, QPoint, QPointF, Qt, QUrl
 from qtpy.QtGui import QDropEvent
 from qtpy.QtWidgets import QCheckBox, QLabel, QPushButton, QRadioButton, QWidget
 
-from napari_unetpp import api, io
-from napari_unetpp._widgets import _predict_run, offer, predict_dock
+from napari_unetpp import api, io, modelfile
+from napari_unetpp._widgets import _predict_run, _worker, offer, predict_dock
 from napari_unetpp._widgets._layers import OURS
 from napari_unetpp._widgets._worker import Runner
 from napari_unetpp._widgets.predict_dock import PredictDock
+from napari_unetpp._widgets.train_dock import TrainDock
 from napari_unetpp.errors import UnetppError
 
 if TYPE_CHECKING:
@@ -681,6 +683,45 @@ def test_what_does_not_fit_is_told_and_can_be_mended(
         )
         assert "write-protected" in predict(qtbot, dock)
     assert predict(qtbot, dock).startswith("1 image labelled")
+
+
+def test_no_bad_model_file_gets_in(
+    viewer: Any,
+    dock: PredictDock,
+    qtbot: Any,
+    tmp_path: Path,
+    told: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for module in ("train_dock", "model_files"):
+        name = f"napari_unetpp._widgets.{module}.show_error"
+        monkeypatch.setattr(name, told.append)
+    file = Path(__file__).parents[1] / "test_modelfile.py"
+    spec = importlib.util.spec_from_file_location("test_modelfile", file)
+    assert spec is not None
+    assert spec.loader is not None
+    cases = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(cases)
+    good = modelfile.encode(cases.tensors(), config={"levels": 4}, provenance={})
+    monkeypatch.setattr(_worker, "_TICK", 1)
+    train = TrainDock(viewer)
+    viewer.window.add_dock_widget(train, name="Train")
+    layer = viewer.add_labels(np.eye(8, dtype=np.uint8))
+    for number, make in enumerate(cases.HOSTILE.values()):
+        path = tmp_path / f"bad{number}.safetensors"
+        path.write_bytes(make(good))
+        choose(qtbot, dock, path)
+        assert f"`{path.name}`" in dock.form.result.text()
+        assert dock.form.facts.text() == "This file cannot be used."
+        train.files.read(str(path))
+        qtbot.waitUntil(lambda: not train.files._runner.busy, timeout=LIMIT)
+        assert f"`{path.name}`" in train.coach.text()
+        assert train.link.model is None
+        path.unlink()
+    assert not any("Unexpected" in text for text in told)
+    assert list(viewer.layers) == [layer]
+    np.testing.assert_array_equal(layer.data, np.eye(8))
+    assert not list(tmp_path.glob("bad*"))
 
 
 def test_cancel_a_real_run_in_the_middle_of_a_tile(

@@ -154,6 +154,25 @@ def test_restoring_adds_a_layer_with_its_classes(
     assert dock.classes.names() == ("sky", "star", "sea")
 
 
+def test_work_of_another_image_is_told_and_stays_apart(
+    open_dock: Any, folder: Path, wait: Any
+) -> None:
+    labels = left_behind(folder, image="another cell")
+    image = Image(np.zeros((64, 64), np.uint8), name="cell")
+    dock = open_dock(image)
+    wait(lambda: bool(dock.unsaved.offers))
+    assert "of image 'another cell'" in dock.unsaved.text.text()
+    dock.unsaved.restore.click()
+    back = dock.viewer.layers[-1]
+    assert np.array_equal(back.data, labels)
+    assert dock.pairs.pairs()[0].annotation is not back  # of another shape
+    dock.pairs.set_annotation(0, back)
+    dock.train()
+    assert "must have the image's shape (64, 64), got (300, 400)" in dock.coach.text()
+    assert dock.link.state == "idle"
+    assert np.array_equal(back.data, labels)
+
+
 def test_later_keeps_and_discard_asks(
     open_dock: Any, folder: Path, wait: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

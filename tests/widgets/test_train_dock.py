@@ -11,6 +11,7 @@ import dask.array
 import numpy as np
 import pytest
 import torch
+import zarr
 from napari.layers import Image, Labels
 from qtpy.QtCore import QEvent, QPoint, QPointF, Qt
 from qtpy.QtGui import QGuiApplication, QMouseEvent
@@ -24,6 +25,7 @@ from napari_unetpp.messages import Prediction, Progress, Snapshot, Started
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
+    from pathlib import Path
 
 
 def picture(size: int = 64) -> np.ndarray:
@@ -595,6 +597,17 @@ WRONG: dict[str, tuple[Callable[[], list[Any]], str]] = {
         lambda: [Image(picture()), Labels(dask.array.from_array(strokes()))],
         "plain array",
     ),
+    "1 x 1": (
+        lambda: [Image(picture()[:1, :1]), Labels(np.ones((1, 1), np.uint8))],
+        "Paint some foreground",
+    ),
+    "a zarr with a cut chunk": (
+        lambda: [
+            Image(_cut_zarr(), contrast_limits=(0, 255)),
+            Labels(np.stack([strokes()] * 3)),
+        ],
+        "cannot be read from its file",
+    ),
     "all NaN": (
         lambda: [Image(np.full((64, 64), np.nan, np.float32)), Labels(strokes())],
         "finite",
@@ -608,6 +621,21 @@ WRONG: dict[str, tuple[Callable[[], list[Any]], str]] = {
         "contrast",
     ),
 }
+
+
+def _cut_zarr() -> Any:
+    """Return a stack whose last plane, which nobody looks at, cannot be read."""
+    kept: dict[str, Any] = {}
+    array = zarr.create_array(
+        zarr.storage.MemoryStore(kept),
+        shape=(3, 64, 64),
+        chunks=(1, 64, 64),
+        dtype="u1",
+    )
+    array[:] = np.stack([picture()] * 3)
+    (last,) = (key for key in kept if key.endswith("c/2/0/0"))
+    kept[last] = kept[last][:20]
+    return array
 
 
 def _with_nan() -> np.ndarray:
@@ -640,27 +668,36 @@ def test_what_does_not_fit_is_told_and_changes_nothing(
 
 
 def _first(layer: Any) -> Any:
-    return layer.data[0] if layer.multiscale else layer.data
+    whole = isinstance(layer.data, np.ndarray) or hasattr(layer.data, "compute")
+    return layer.data if whole else layer.data[0]
+
+
+def test_labels_with_fractions_are_no_layer() -> None:
+    with pytest.raises(TypeError, match="Only integer types"):  # by napari itself
+        Labels(strokes() * 1.5)
 
 
 @pytest.mark.parametrize(
-    "kind", ["two pixels", "read-only", "int64", "other scale", "one name", "1 x 1"]
+    "kind", ["two pixels", "read-only", "int64", "other scale", "one name", "1 x 2"]
 )
-def test_odd_layers_simply_work(kind: str, wait: Any, open_dock: Any) -> None:
+def test_odd_layers_simply_work(
+    kind: str, wait: Any, open_dock: Any, tmp_path: Path
+) -> None:
     image, marks = picture(), strokes()
     options: dict[str, Any] = {}
     if kind == "two pixels":
         marks = np.zeros_like(marks)
         marks[0, :2], marks[32, 31:33] = 1, 2
     elif kind == "read-only":
-        marks.flags.writeable = False
+        np.save(tmp_path / "marks.npy", marks)
+        marks = np.load(tmp_path / "marks.npy", mmap_mode="r")
     elif kind == "int64":
         marks = marks.astype(np.int64)
     elif kind == "other scale":
         options["scale"] = (3, 3)
     elif kind == "one name":
         options["name"] = "same"
-    elif kind == "1 x 1":
+    elif kind == "1 x 2":
         image, marks = np.array([[1, 5]], np.uint8), np.array([[1, 2]], np.uint8)
     dock = open_dock(Image(image, name="same"), Labels(marks, **options))
     run_briefly(dock, wait)

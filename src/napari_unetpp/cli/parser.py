@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from napari_unetpp import __version__
+from napari_unetpp.cli.console import plain
 from napari_unetpp.config import NETWORKS
 from napari_unetpp.presets import PRESETS
 
@@ -22,7 +23,8 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         sys.stderr.write(
-            f"napari-unetpp: error: {message}\nSee `{self.prog} --help` for help.\n"
+            f"napari-unetpp: error: {plain(message)}\n"
+            f"See `{self.prog} --help` for help.\n"
         )
         raise SystemExit(2)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from napari_unetpp import project
@@ -105,7 +106,9 @@ def info(options: Namespace, console: Console) -> int:
     ]
     for image in found.images:
         shape = " x ".join(map(str, image.shape))
-        places = [str(f) if f and f.exists() else f"{f} (missing)" for f in image.files]
+        places = [
+            str(f) if f and os.path.exists(f) else f"{f} (missing)" for f in image.files
+        ]
         lines.append(plain(f"  {image.name}: {shape}, {', '.join(places)}"))
     console.result(_facts(found), [*lines, *_rows(found)])
     return 0

@@ -70,5 +70,5 @@ def _value(text: str) -> Any:
     """Return a number, true, false or null as JSON has it, else the text."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -46,16 +47,27 @@ class Part:
         self._plan = self.folder / "plan.json"
 
     def plan(self) -> dict[str, Any] | None:
-        """Return what was planned, None where nothing was begun."""
+        """Return what was planned, None where nothing was begun or it is damaged."""
         try:
             found = json.loads(self._plan.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            whole = isinstance(found, dict) and found.pop("labels") == self._digest()
+        except (OSError, ValueError, KeyError, RecursionError):
             return None
-        return found if isinstance(found, dict) else None
+        return found if whole else None
 
     def begin(self, plan: dict[str, Any]) -> None:
         """Write the plan; from now on there is something to resume."""
+        plan = {**plan, "labels": self._digest()}
         write_text(self._plan, json.dumps(plan, indent=1), overwrite=True)
+
+    def _digest(self) -> str:
+        """Return what tells whether the labels are of the form that they were given."""
+        digest = hashlib.sha256()
+        forms = ("*.json", "*/*.json", ".z*", "*/.z*")
+        for path in sorted(p for form in forms for p in self.labels.glob(form)):
+            digest.update(path.relative_to(self.labels).as_posix().encode())
+            digest.update(path.read_bytes())
+        return digest.hexdigest()
 
     def empty(self) -> None:
         """Delete everything but the lock."""
@@ -73,7 +85,7 @@ class Part:
             text = self._manifest.read_text(encoding="ascii", errors="replace")
         except FileNotFoundError:
             return {}
-        lines = re.findall(r"^(\d+) ([0-9a-f]{8})\n", text, re.MULTILINE)
+        lines = re.findall(r"^(\d{1,18}) ([0-9a-f]{8})\n", text, re.MULTILINE)
         return {int(number): int(crc, 16) for number, crc in lines}
 
     @contextmanager

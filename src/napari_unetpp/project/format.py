@@ -90,7 +90,7 @@ class ProjectImage:
 
 def _read(path: Path, facts: dict[str, Any]) -> Any:
     name, shape = io.shown(path), tuple(facts["shape"])
-    if not path.exists():
+    if not os.path.exists(path):  # no error where it is no possible name
         raise ImageFileError(
             f"The image `{name}` of this project is not in `{path.parent}` any more. "
             "Put it back, or save the project anew with the image where it is now."
