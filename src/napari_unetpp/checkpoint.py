@@ -343,6 +343,20 @@ class Rolling:
         self._thread: threading.Thread | None = None
         self.kept: int | None = None  # the last step that is safe
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Be the only one that writes these files, and tidy up after a killed one.
+
+        Raises
+        ------
+        InUseError
+            If another training writes them.
+        """
+        with io.lock(self.path):
+            for path in (self._new, self._best):
+                io.sweep(path)
+            yield
+
     def exists(self) -> bool:
         """Return whether there is a training to go on with."""
         return any(p.exists() for p in (self.path, self._new, self._old))
@@ -456,13 +470,22 @@ class Rolling:
             return None
 
     def remove(self) -> None:
-        """Delete all files: the training has come to its end, or is given up."""
+        """Delete all files: the training has come to its end, or is given up.
+
+        Raises
+        ------
+        InUseError
+            If another training writes them.
+        """
         self.wait()
-        for path in (self._new, self._old, self._best, self.path):
-            try:
-                path.unlink(missing_ok=True)
-            except OSError as error:
-                _log.warning("`%s` was not deleted: %s", io.shown(path), error.strerror)
+        with self.alone():
+            for path in (self._new, self._old, self._best, self.path):
+                try:
+                    path.unlink(missing_ok=True)
+                except OSError as error:
+                    _log.warning(
+                        "`%s` was not deleted: %s", io.shown(path), error.strerror
+                    )
 
 
 @contextmanager
