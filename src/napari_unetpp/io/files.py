@@ -130,10 +130,10 @@ def sweep(path: str | os.PathLike[str], *, dead: bool = False) -> None:
     real = Path(os.path.realpath(path))
     folder, name = (real, "*") if real.is_dir() else (real.parent, short(real))
     pattern = f".{name if name == '*' else glob.escape(name)}.*.{'[0-9a-f]' * 8}.part"
-    for part in folder.glob(pattern):
-        if not dead or _is_dead(part):
-            with suppress(OSError):
-                part.unlink()
+    with suppress(OSError):  # the next sweep has another chance
+        for part in folder.glob(pattern):
+            if not dead or _is_dead(part):
+                part.unlink(missing_ok=True)
 
 
 def _is_dead(part: Path) -> bool:

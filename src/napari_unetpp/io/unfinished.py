@@ -116,7 +116,7 @@ def part(target: Path) -> Iterator[Part]:
     Raises
     ------
     SaveError
-        If another process writes it, or the folder cannot be made.
+        If another process writes it, or the disk refuses, at once or later.
     """
     found = Part(target)
     name = shown(target)
@@ -137,7 +137,7 @@ def part(target: Path) -> Iterator[Part]:
             f"`{name}` cannot be written: {error.strerror or error}. Choose another "
             "folder."
         ) from error
-    with lock:
+    with lock, _told(name):
         if not _lock(lock.fileno()):
             raise SaveError(
                 f"`{name}` is being written by another process. Wait until it is done, "
@@ -155,6 +155,18 @@ def part(target: Path) -> Iterator[Part]:
         with suppress(OSError):
             found.lock.unlink()
             found.folder.rmdir()
+
+
+@contextmanager
+def _told(name: str) -> Iterator[None]:
+    """Turn what the disk refuses into SaveError."""
+    try:
+        yield
+    except OSError as error:
+        raise SaveError(
+            f"A part of `{name}` was not written: {error.strerror or error}. Make "
+            "room, or see to the disk; the same command then goes on."
+        ) from error
 
 
 def _same_file(descriptor: int, path: Path) -> bool:
