@@ -130,6 +130,7 @@ FILE = "m.safetensors"
 
 
 def model_seen(folder: Path) -> tuple[str, ...]:
+    """Return what a reader finds in the model file."""
     return (weights(api.load_model(folder / FILE)),)
 
 
@@ -150,6 +151,7 @@ def careless(folder: Path) -> None:
 
 
 def checkpoint_old(folder: Path) -> None:
+    """Leave a training after two steps, and beside it one after four."""
     ask: dict[str, Any] = {"network": NET, "config": CONFIG, "device": "cpu"}
     (folder / "next").mkdir()
     for place, steps in ((folder / "next", 4), (folder, 2)):
@@ -192,6 +194,7 @@ def checkpoint_save(folder: Path) -> None:
 
 
 def checkpoint_seen(folder: Path) -> tuple[str, ...]:
+    """Return where a training goes on, and the best model."""
     rolling = Rolling(folder)
     found, best = rolling.begin(resume=True), rolling.best()
     assert found is not None
@@ -201,52 +204,62 @@ def checkpoint_seen(folder: Path) -> tuple[str, ...]:
 
 
 def note(number: int) -> tuple[recovery.Note, recovery.Packed]:
+    """Return an annotation as it is kept."""
     return recovery.Note("0" * 32, "strokes"), recovery.pack(NOTES[number])
 
 
 def autosave_old(folder: Path) -> None:
+    """Save an annotation twice, so that both generations are there."""
     store = recovery.Store(folder)
-    for _ in range(2):  # both generations are there
+    for _ in range(2):
         store.save(*note(0))
     store.close()
 
 
 def autosave(folder: Path) -> None:
+    """Save another annotation of that layer."""
     recovery.Store(folder).save(*note(1))
 
 
 def autosave_seen(folder: Path) -> tuple[str, ...]:
+    """Return what is offered after the session has ended."""
     offers, bad = recovery.Store(folder).offers()
     assert not bad
     return tuple(digest(recovery.read(offer.path)[1]) for offer in offers)
 
 
 def autosave_again(folder: Path) -> None:
+    """Save twice more: each of the two names is written."""
     store = recovery.Store(folder)
-    for _ in range(2):  # each of the two names is written
+    for _ in range(2):
         store.save(*note(1))
     store.close()
 
 
 def project_old(folder: Path) -> None:
+    """Save a project of one image and one round."""
     api.save_project(folder, [IMAGE], [NOTES[0]], network(1))
 
 
 def project_save(folder: Path) -> None:
+    """Bring its annotation up to date."""
     api.save_project(folder, api.load_project(folder).images, [NOTES[1]])
 
 
 def round_save(folder: Path) -> None:
+    """Add a round."""
     api.add_round(folder, network(2), [NOTES[1]])
 
 
 def rounds_old(folder: Path) -> None:
+    """Save a project of two rounds, and strokes that no round keeps."""
     project_old(folder)
     round_save(folder)
     api.save_project(folder, api.load_project(folder).images, [NOTES[2]])
 
 
 def project_seen(folder: Path) -> tuple[str, ...]:
+    """Return annotations and models of all rounds."""
     found = api.load_project(folder)
     rounds = [weights(r.load_model()) for r in found.rounds]
     notes = [found.read_annotations(r.number) for r in found.rounds]
@@ -256,11 +269,14 @@ def project_seen(folder: Path) -> tuple[str, ...]:
 
 
 def project_again(folder: Path) -> None:
+    """Save the project as it is."""
     found = api.load_project(folder)
     api.save_project(folder, found.images, found.read_annotations())
 
 
 def labels_with(seed: int) -> Callable[[Path], None]:
+    """Return a saver of labels by the model of this seed."""
+
     def save(folder: Path) -> None:
         images = folder / "images"
         if not images.exists():
@@ -278,6 +294,7 @@ def labels_with(seed: int) -> Callable[[Path], None]:
 
 
 def labels_seen(folder: Path) -> tuple[str, ...]:
+    """Return what a reader finds in each label file."""
     return tuple(digest(io.read_labels(folder / "out" / f"{n}.tif")) for n in range(2))
 
 
@@ -285,6 +302,8 @@ LARGE = np.random.default_rng(0).integers(0, 255, (40, 520)).astype(np.uint8)
 
 
 def zarr_with(seed: int) -> Callable[[Path], None]:
+    """Return a saver of large labels by the model of this seed."""
+
     def save(folder: Path) -> None:
         api.predict_to_zarr(
             network(seed), LARGE, folder / "l.zarr", tile=256, overwrite=True,
@@ -295,10 +314,11 @@ def zarr_with(seed: int) -> Callable[[Path], None]:
 
 
 def zarr_seen(folder: Path) -> tuple[str, ...]:
+    """Return what a reader finds, also between two renames of a folder."""
     import zarr
 
     path = folder / "l.zarr"
-    if not path.exists():  # the moment between two renames of a folder
+    if not path.exists():
         kept = folder / "l.zarr.part"
         assert (kept / "old.zarr").exists()
         assert (kept / "labels.zarr").exists()
@@ -308,6 +328,8 @@ def zarr_seen(folder: Path) -> tuple[str, ...]:
 
 
 def run_to(steps: int, stop: int | None = None) -> Callable[[Path], None]:
+    """Return a saver of a run of so many steps."""
+
     def save(folder: Path) -> None:
         ended = (folder / "scores.json").exists()
         if ended and not Rolling(folder).exists():
@@ -328,6 +350,7 @@ def run_to(steps: int, stop: int | None = None) -> Callable[[Path], None]:
 
 
 def run_seen(folder: Path) -> tuple[str, ...]:
+    """Read everything in the run's folder; return its model."""
     for name in ("config", "environment", "scores"):
         with contextlib.suppress(FileNotFoundError):
             json.loads((folder / f"{name}.json").read_text())
@@ -403,7 +426,11 @@ class Child:
 
     def end(self) -> tuple[int, Any]:
         """Wait for it; return 0 and its result, or how it ended and what it said."""
-        with self._socket.makefile("rb") as file:
+        data = b""
+        with (
+            contextlib.suppress(ConnectionResetError),
+            self._socket.makefile("rb") as file,
+        ):
             data = file.read()
         self._socket.close()
         _, status = os.waitpid(self.pid, 0)
@@ -423,7 +450,7 @@ def _work(answer: socket.socket, work: Callable[..., Any], args: Any) -> None:
         code, told = TOLD, str(error)
     except OSError:
         code, told = UNTYPED, traceback.format_exc()[-900:]
-    except BaseException:
+    except BaseException:  # noqa: BLE001
         told = traceback.format_exc()[-200:]
     finally:
         answer.sendall(pickle.dumps(told))
@@ -443,7 +470,7 @@ def forked(
 
 
 def points(save: Callable[[Path], Any], folder: Path) -> list[tuple[str, int]]:
-    """Save once, and return the calls that write into the folder, with their numbers."""
+    """Save once; return the calls that write into the folder, with their numbers."""
     with tempfile.NamedTemporaryFile("r") as log:
         calls = ",".join(f"?{call}" for call in CALLS)
         options = ("-y", "-o", log.name, "-e", f"trace={calls}")
@@ -787,7 +814,7 @@ def spoil(kind: str, mount: Path, place: Path) -> None:
         subprocess.run(["chmod", "-R", "a-w", str(place)], check=True)
 
 
-def mend(kind: str, mount: Path, place: Path) -> None:
+def mend(mount: Path, place: Path) -> None:
     """Undo it."""
     subprocess.run(["mount", "-o", "remount,rw", str(mount)], check=True)
     (mount / "filler").unlink(missing_ok=True)
@@ -872,7 +899,7 @@ def spoil_one(kind: str, name: str, where: Path, mount: Path, place: Path) -> li
     parts = [p.name for p in place.rglob(".*.part")] if place.exists() else []
     if parts and kind != "share gone":
         bad.append(f"left behind: {parts}")
-    mend(kind, mount, place)
+    mend(mount, place)
     if kind == "deleted meanwhile":
         shutil.rmtree(place, ignore_errors=True)
         (place / "autosave").mkdir(parents=True)
@@ -957,6 +984,7 @@ def window_predicts(where: Path, place: Path) -> None:
 
 
 def script_trains(_: Path, place: Path) -> None:
+    """Go on with the one checkpoint."""
     api.train(
         IMAGE, STROKES, network=NET, config=CONFIG, max_steps=20, device="cpu",
         checkpoint=place, checkpoint_seconds=0, resume=True,
@@ -964,6 +992,7 @@ def script_trains(_: Path, place: Path) -> None:
 
 
 def window_adds(seed: int) -> Callable[[Path, Path], None]:
+    """Return what the dock calls to add a round."""
     return lambda _, place: api.add_round(place / "project", network(seed)) and None
 
 

@@ -1,4 +1,4 @@
-"""The short forms of benchmarks/reliability.py and faults.py: they would find a fault."""
+"""The short forms of reliability.py and faults.py, and that they would find a fault."""
 
 from __future__ import annotations
 
