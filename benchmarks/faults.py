@@ -542,13 +542,17 @@ class Places:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def break_calls(name: str, faults: Sequence[str], where: Path) -> Counter[str]:
+def break_calls(
+    name: str, faults: Sequence[str], where: Path, only: str | None = None
+) -> Counter[str]:
     """Break a saver at each of its calls, by each fault; return what was counted."""
     saver = SAVERS[name]
     places = Places(where, saver.old)
     with places.copy() as folder:
         old = forked(saver.seen, folder)[1]
         found = points(saver.save, folder)
+        if only:
+            found = [point for point in found if point[0] in only.split(",")]
         new = forked(saver.seen, folder)[1]
     if old == new or not isinstance(new, tuple):
         raise SystemExit(f"{name}: {old} became {new}")
@@ -1027,6 +1031,7 @@ def main() -> int:
     parser.add_argument("mode", choices=["calls", "kills", "places", "pairs"])
     parser.add_argument("--savers", default=",".join(SAVERS), help="of calls")
     parser.add_argument("--faults", default=",".join(("SIGKILL", *ERRORS)))
+    parser.add_argument("--calls", help="only these of the system calls")
     parser.add_argument("--count", type=int, help="of kills (1,000) or pairs (50)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -1040,7 +1045,8 @@ def main() -> int:
         if options.mode == "calls":
             for name in options.savers.split(","):
                 (where / name).mkdir()
-                found = break_calls(name, options.faults.split(","), where / name)
+                faults = options.faults.split(",")
+                found = break_calls(name, faults, where / name, options.calls)
                 print(f"{name}: {dict(found)}", flush=True)
                 wrong += bool(found["wrong"]) != SAVERS[name].control
             return int(wrong > 0)

@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -355,6 +355,9 @@ class Rolling:
         with io.lock(self.path):
             for path in (self._new, self._best):
                 io.sweep(path)
+            if not self.exists():
+                with suppress(OSError):  # the last of a training that has ended
+                    self._best.unlink()
             yield
 
     def exists(self) -> bool:
@@ -479,13 +482,17 @@ class Rolling:
         """
         self.wait()
         with self.alone():
-            for path in (self._new, self._old, self._best, self.path):
+            # In this order, and no further than it works, what is left goes on to
+            # the same end: an older checkpoint has its best one beside it.
+            for path in (self._new, self.path, self._old, self._best):
                 try:
-                    path.unlink(missing_ok=True)
+                    if path.exists():
+                        path.unlink()
                 except OSError as error:
                     _log.warning(
                         "`%s` was not deleted: %s", io.shown(path), error.strerror
                     )
+                    break
 
 
 @contextmanager

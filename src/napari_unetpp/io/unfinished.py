@@ -105,7 +105,15 @@ class Part:
 
     def close(self) -> None:
         """Delete the folder, of which nothing is needed any more."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        # The lock goes last: without it, what is left would be taken for another's.
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path != self.lock:
+                with suppress(OSError):
+                    path.unlink()
+        if [*self.folder.iterdir()] == [self.lock]:
+            shutil.rmtree(self.folder, ignore_errors=True)
         self.closed = True
 
 
