@@ -44,7 +44,7 @@ import tifffile
 import torch
 import torch._dynamo  # any optimizer imports it at its first step
 
-from napari_unetpp import api, checkpoint, io, modelfile, recovery
+from napari_unetpp import api, checkpoint, io, modelfile, record, recovery
 from napari_unetpp.checkpoint import Rolling
 from napari_unetpp.cli import main as command_line
 from napari_unetpp.errors import SaveError, UnetppError
@@ -333,6 +333,8 @@ def run_to(steps: int, stop: int | None = None) -> Callable[[Path], None]:
     def save(folder: Path) -> None:
         ended = (folder / "scores.json").exists()
         if ended and not Rolling(folder).exists():
+            with contextlib.suppress(SaveError), record.open_folder(folder, True):
+                return
             return
         parts = {
             kind: api.Part([kind], [scene(n)[0]], [(scene(n)[1] > 1).astype(np.uint8)])

@@ -433,11 +433,15 @@ def test_what_could_not_be_deleted_stays_ours(
 ) -> None:
     image, out = picture(100, 100), tmp_path / "o.zarr"
 
-    def refused(*_: object, **__: object) -> None:
-        raise PermissionError(13, "Permission denied")
+    real = type(out).unlink
+
+    def unlink(path: Path, **options: bool) -> None:
+        if path.name == "model.safetensors":
+            raise PermissionError(13, "Permission denied")
+        real(path, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(out), "unlink", refused)
+        patch.setattr(type(out), "unlink", unlink)
         api.predict_to_zarr(model_of(), image, out, tile=TILE)
     assert (tmp_path / "o.zarr.part" / "lock").exists()
     api.predict_to_zarr(model_of(), image, out, tile=TILE, overwrite=True)

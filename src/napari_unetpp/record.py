@@ -47,6 +47,8 @@ def open_folder(folder: Path, resume: bool) -> Iterator[Rolling]:
         ) from error
     with io.lock(folder):
         rolling = Rolling(folder)
+        with rolling.alone():  # which tidies up after a kill
+            pass
         if rolling.exists() and not resume:
             raise SaveError(
                 f"`{io.shown(folder)}` holds a run that did not end. Go on with it "
