@@ -355,6 +355,30 @@ def test_a_full_disk_is_told_and_the_work_goes_on(
     )
 
 
+@pytest.mark.parametrize(
+    "call", ["zarr.create_group", "pathlib.Path.unlink", "shutil.rmtree"]
+)
+def test_whatever_the_disk_refuses_is_told(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, out = picture(100, 100), tmp_path / "o.zarr"
+    api.predict_to_zarr(model_of(), image, out, tile=TILE)
+    before = stored(out)
+
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    other = api.create_model(model_of().config, classes=("a", "b"), seed=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(call, refused)
+        with pytest.raises(SaveError, match=r"Input/output.*same command"):
+            api.predict_to_zarr(other, image, out, tile=TILE, overwrite=True)
+    np.testing.assert_array_equal(stored(out), before)
+    api.predict_to_zarr(other, image, out, tile=TILE, overwrite=True)
+    np.testing.assert_array_equal(stored(out), api.predict(other, image, tile=TILE))
+    assert [p.name for p in tmp_path.iterdir()] == ["o.zarr"]
+
+
 @pytest.mark.parametrize("form", [2, 3])
 def test_the_pyramid_keeps_axes_and_scales(
     form: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -461,6 +485,26 @@ def test_other_settings_do_not_mix(tmp_path: Path) -> None:
     assert next(begun).done == 0
     list(begun)
     np.testing.assert_array_equal(stored(out), api.predict(model_of(), image, tile=96))
+
+
+def test_what_could_not_be_deleted_stays_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, out = picture(100, 100), tmp_path / "o.zarr"
+
+    real = type(out).unlink
+
+    def unlink(path: Path, **options: bool) -> None:
+        if path.name == "model.safetensors":
+            raise PermissionError(13, "Permission denied")
+        real(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(out), "unlink", unlink)
+        api.predict_to_zarr(model_of(), image, out, tile=TILE)
+    assert (tmp_path / "o.zarr.part" / "lock").exists()
+    api.predict_to_zarr(model_of(), image, out, tile=TILE, overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["o.zarr"]
 
 
 def test_only_labels_are_replaced(tmp_path: Path) -> None:

@@ -1083,6 +1083,28 @@ def test_what_cannot_be_deleted_is_told(
     assert f"`{NAME}` was not deleted: Permission denied" in caplog.text
 
 
+@pytest.mark.usefixtures("every_step", "often_scored")
+@pytest.mark.parametrize("refused", ["new", "", "previous", "best"])
+def test_a_training_that_is_half_deleted_still_ends_in_its_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str
+) -> None:
+    ask: dict[str, Any] = {"config": QUICK.replaced(patience=9), "max_steps": 7}
+    whole = run(tmp_path, **ask)
+    rolling, real = Rolling(tmp_path), Path.unlink
+
+    def unlink(path: Path, **options: Any) -> None:
+        if path.name == NAME.replace(".saf", f".{refused}.saf" if refused else ".saf"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        real(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", unlink)
+        rolling.remove()
+    assert same(run(tmp_path, resume=True, **ask), whole)
+    rolling.remove()
+    assert names(tmp_path) == []
+
+
 def test_a_stop_is_safe(tmp_path: Path) -> None:
     class Stop:
         wished = False

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import tifffile
 
 from napari_unetpp import api, io
+from napari_unetpp.checkpoint import Rolling
 from napari_unetpp.cli import main
 from napari_unetpp.errors import InUseError
+from napari_unetpp.io import files
+from napari_unetpp.live import live_steps
+from napari_unetpp.messages import Mailbox, Wishes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -157,3 +162,62 @@ def test_what_a_killed_write_left_is_swept_and_nothing_else(tmp_path: Path) -> N
         file.touch()
     io.sweep(tmp_path / "a.tif")
     assert sorted(tmp_path.iterdir()) == sorted(others)
+
+
+def test_what_ended_processes_left_goes_with_the_next_write(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for pid in (ended.pid, os.getpid()):
+        (tmp_path / f".a.tif.{pid}.{files._HOST}01ab.part").touch()
+        (tmp_path / f".a.tif.{pid}.{int(files._HOST, 16) ^ 1:04x}01ab.part").touch()
+    gone = tmp_path / f".a.tif.{ended.pid}.{files._HOST}01ab.part"
+    others = set(tmp_path.iterdir()) - {gone}
+    io.write_text(tmp_path / "a.tif", "new")
+    assert set(tmp_path.iterdir()) == {*others, tmp_path / "a.tif"}
+
+
+STROKES = np.zeros((32, 32), np.uint8)
+STROKES[4:8], STROKES[20:24] = 1, 2
+TINY = api.NetConfig("unet", width=4, levels=2)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_checkpoint_in_use_is_refused_before_it_is_read(
+    tmp_path: Path, resume: bool
+) -> None:
+    path = tmp_path / "c.safetensors"
+    ask: dict[str, Any] = {"network": TINY, "checkpoint": path, "device": "cpu"}
+    first = api.train_steps(STROKES * 50, STROKES, max_steps=3, **ask)
+    next(first)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(InUseError, match="written by another"):
+        api.train_steps(STROKES * 50, STROKES, resume=resume, **ask)
+    mailbox = Mailbox(Wishes(({0: STROKES},), ("a", "b"), training=True))
+    live = live_steps([STROKES * 50], mailbox, checkpoint=path, resume=resume)
+    with pytest.raises(InUseError, match="written by another"):
+        next(live)
+    with pytest.raises(InUseError):
+        Rolling(path).remove()
+    assert sorted(tmp_path.iterdir()) == before
+    first.close()
+    found = api.train(STROKES * 50, STROKES, max_steps=3, resume=True, **ask)
+    assert [s.step for s in found.history] == [1, 2, 3]
+
+
+def test_a_training_that_never_begins_gives_its_lock_back(tmp_path: Path) -> None:
+    ask: dict[str, Any] = {"network": TINY, "checkpoint": tmp_path, "device": "cpu"}
+    api.train_steps(STROKES * 50, STROKES, **ask)
+    with pytest.raises(ValueError, match="strokes"):
+        api.train_steps(STROKES * 50, STROKES * 0, **ask)
+    assert api.train(STROKES * 50, STROKES, max_steps=1, **ask).history
+
+
+def test_a_run_in_use_is_refused(tmp_path: Path) -> None:
+    parts = {
+        kind: api.Part([kind], [STROKES * 50 + n], [STROKES])
+        for n, kind in enumerate(("train", "validation"))
+    }
+    plan = api.Plan(TINY, api.TrainConfig(patch=32, batch=1), max_steps=2)
+    with io.lock(tmp_path), pytest.raises(InUseError):
+        next(api.run_steps(parts, tmp_path, plan, device="cpu"))
+    assert [p.name for p in tmp_path.iterdir()] == ["frames"]

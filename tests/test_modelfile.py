@@ -102,6 +102,17 @@ def test_round_trip(good: bytes) -> None:
         np.testing.assert_array_equal(found, array)
 
 
+@pytest.mark.parametrize("length", [0x0280, 0x0380, 0x0480, 0x0580, 0x010280])
+def test_a_header_whose_length_looks_like_a_pickle_is_read(length: int) -> None:
+    header, body = split(sealed(one(), b"1234"))
+    header["__metadata__"]["provenance"] = "{}" + " " * (
+        length - len(sealed(header, body)) + 8 + len(body)
+    )
+    data = sealed(header, body)
+    assert int.from_bytes(data[:8], "little") == length
+    assert list(modelfile.decode(data).tensors) == ["w"]
+
+
 def test_the_checksum_is_over_table_metadata_and_data(good: bytes) -> None:
     header, body = split(good)
     assert sealed(header, body)[8:].startswith(b"{")

@@ -1,8 +1,11 @@
-"""The short form of benchmarks/reliability.py, and that it would find a fault."""
+"""The short forms of reliability.py and faults.py, and that they would find a fault."""
 
 from __future__ import annotations
 
 import importlib.util
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,3 +62,19 @@ def test_every_damage_is_reported(
     assert told["silent"] == 0
     monkeypatch.setattr(modelfile, "read", lambda _: None)
     assert bench.damage(20)["silent"] > 0
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+def test_a_save_is_whole_wherever_it_is_broken(bench: ModuleType) -> None:
+    assert bench is not None
+    faults = FILE.with_name("faults.py")
+    command = [sys.executable, str(faults), "calls"]
+    command += ["--savers", "model,in place", "--faults", "SIGKILL,ENOSPC"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    if "strace cannot watch" in ran.stderr:
+        pytest.skip("strace may not watch processes here")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    good, bad = ran.stdout.splitlines()
+    assert "'killed': " in good
+    assert "'wrong': 0" in good
+    assert "'wrong': 0" not in bad  # which writes in place is found out

@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -343,6 +343,23 @@ class Rolling:
         self._thread: threading.Thread | None = None
         self.kept: int | None = None  # the last step that is safe
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Be the only one that writes these files, and tidy up after a killed one.
+
+        Raises
+        ------
+        InUseError
+            If another training writes them.
+        """
+        with io.lock(self.path):
+            for path in (self._new, self._best):
+                io.sweep(path)
+            if not self.exists():
+                with suppress(OSError):  # the last of a training that has ended
+                    self._best.unlink()
+            yield
+
     def exists(self) -> bool:
         """Return whether there is a training to go on with."""
         return any(p.exists() for p in (self.path, self._new, self._old))
@@ -456,13 +473,26 @@ class Rolling:
             return None
 
     def remove(self) -> None:
-        """Delete all files: the training has come to its end, or is given up."""
+        """Delete all files: the training has come to its end, or is given up.
+
+        Raises
+        ------
+        InUseError
+            If another training writes them.
+        """
         self.wait()
-        for path in (self._new, self._old, self._best, self.path):
-            try:
-                path.unlink(missing_ok=True)
-            except OSError as error:
-                _log.warning("`%s` was not deleted: %s", io.shown(path), error.strerror)
+        with self.alone():
+            # In this order, and no further than it works, what is left goes on to
+            # the same end: an older checkpoint has its best one beside it.
+            for path in (self._new, self.path, self._old, self._best):
+                try:
+                    if path.exists():
+                        path.unlink()
+                except OSError as error:
+                    _log.warning(
+                        "`%s` was not deleted: %s", io.shown(path), error.strerror
+                    )
+                    break
 
 
 @contextmanager

@@ -210,49 +210,49 @@ def run_steps(
         )
     place = resolve_device(device)
     prints = _fingerprints(parts)
-    rolling = record.open_folder(folder, resume)
-    config = _always_choosing(plan, parts)
-    facts = _facts(plan, config, parts, prints, place)
-    for kind, values in facts.items():
-        record.write_json(folder / record.FILES[kind], values)
-    judge = _Judge(parts["validation"], plan, place, folder / "frames")
-    training = train_steps(
-        list(parts["train"].images),
-        list(parts["train"].masks),
-        model=model,
-        network=plan.network,
-        classes=plan.classes,
-        unlabelled=plan.unlabelled,
-        channel_axis=plan.channel_axis,
-        config=config,
-        max_steps=plan.max_steps,
-        max_seconds=plan.max_seconds,
-        seed=plan.seed,
-        device=place,
-        stop=stop,
-        checkpoint=rolling.path,
-        checkpoint_seconds=checkpoint_seconds,
-        resume=resume and rolling.exists(),
-        changed_data=changed_data,
-        instances=list(parts["train"].instances) or None,
-        judge=judge,
-    )
-    history = record.read_history(folder) if resume else []
-    result = yield from _drained(training, history, folder, config)
-    result.save(folder / record.FILES["model"], overwrite=True)
-    stopped = stop is not None and stop.is_set()
-    scores = _scores(history, result, plan)
-    if parts.get("test") and parts["test"].images and not stopped:
-        scores["test"] = _test(result, parts["test"], plan, place)
-    record.write_json(folder / record.FILES["scores"], scores)
-    report.write(
-        folder,
-        {**facts, "scores": scores, "history": history, "stopped": stopped},
-        _pictures(result, parts, judge, scores, plan, place),
-    )
-    if not stopped:
-        rolling.remove()
-    return result
+    with record.open_folder(folder, resume) as rolling:
+        config = _always_choosing(plan, parts)
+        facts = _facts(plan, config, parts, prints, place)
+        for kind, values in facts.items():
+            record.write_json(folder / record.FILES[kind], values)
+        judge = _Judge(parts["validation"], plan, place, folder / "frames")
+        training = train_steps(
+            list(parts["train"].images),
+            list(parts["train"].masks),
+            model=model,
+            network=plan.network,
+            classes=plan.classes,
+            unlabelled=plan.unlabelled,
+            channel_axis=plan.channel_axis,
+            config=config,
+            max_steps=plan.max_steps,
+            max_seconds=plan.max_seconds,
+            seed=plan.seed,
+            device=place,
+            stop=stop,
+            checkpoint=rolling.path,
+            checkpoint_seconds=checkpoint_seconds,
+            resume=resume and rolling.exists(),
+            changed_data=changed_data,
+            instances=list(parts["train"].instances) or None,
+            judge=judge,
+        )
+        history = record.read_history(folder) if resume else []
+        result = yield from _drained(training, history, folder, config)
+        result.save(folder / record.FILES["model"], overwrite=True)
+        stopped = stop is not None and stop.is_set()
+        scores = _scores(history, result, plan)
+        if parts.get("test") and parts["test"].images and not stopped:
+            scores["test"] = _test(result, parts["test"], plan, place)
+        record.write_json(folder / record.FILES["scores"], scores)
+        report.write(
+            folder,
+            {**facts, "scores": scores, "history": history, "stopped": stopped},
+            _pictures(result, parts, judge, scores, plan, place),
+        )
+        if not stopped:
+            rolling.remove()
+        return result
 
 
 def _always_choosing(plan: Plan, parts: Mapping[str, Part]) -> TrainConfig:

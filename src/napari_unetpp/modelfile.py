@@ -368,13 +368,14 @@ def _read_header(file: BinaryIO, size: int) -> _Parsed:
 
 
 def _header_length(start: bytes, size: int) -> int:
-    if start.startswith(_FOREIGN):
-        raise _NotOurs(
-            "was not opened: PyTorch files (.pt, .pth, .ckpt) and zip files can run "
-            "code when they are opened. Ask for the model as a .safetensors file."
-        )
     length = int.from_bytes(start, "little")
-    if length > MAX_HEADER:
+    if length > MAX_HEADER:  # shorter ones may begin as those files do: 640 is 80 02
+        if start.startswith(_FOREIGN):
+            raise _NotOurs(
+                "was not opened: PyTorch files (.pt, .pth, .ckpt) and zip files can "
+                "run code when they are opened. Ask for the model as a .safetensors "
+                "file."
+            )
         raise _Refusal(
             "its header is longer than any model's (1 MiB), or it is no model file"
         )

@@ -6,6 +6,7 @@ import csv
 import io as buffers
 import json
 import math
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from napari_unetpp import io
@@ -14,7 +15,7 @@ from napari_unetpp.errors import ImageFileError, SaveError
 from napari_unetpp.model import TrainStep
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
 FILES = {
@@ -27,13 +28,15 @@ FILES = {
 }
 
 
-def open_folder(folder: Path, resume: bool) -> Rolling:
-    """Make the folder, or see to it that what it holds may go on.
+@contextmanager
+def open_folder(folder: Path, resume: bool) -> Iterator[Rolling]:
+    """Make the folder, or see to it that what it holds may go on; be alone with it.
 
     Raises
     ------
     SaveError
-        If it cannot be made, or holds a run that is not to go on.
+        If it cannot be made, or holds a run that is not to go on; InUseError if that
+        runs at this moment.
     """
     try:
         (folder / "frames").mkdir(parents=True, exist_ok=True)
@@ -42,18 +45,23 @@ def open_folder(folder: Path, resume: bool) -> Rolling:
             f"The folder `{io.shown(folder)}` cannot be made: {error.strerror}. Choose "
             "another one."
         ) from error
-    rolling = Rolling(folder)
-    if rolling.exists() and not resume:
-        raise SaveError(
-            f"`{io.shown(folder)}` holds a run that did not end. Go on with it "
-            "(resume=True, --resume), choose another folder, or delete it."
-        )
-    if (folder / FILES["scores"]).exists() and not rolling.exists():
-        raise SaveError(
-            f"`{io.shown(folder)}` holds a run that has ended; its test was scored "
-            "once and stays so. Choose another folder, or delete it."
-        )
-    return rolling
+    with io.lock(folder):
+        rolling = Rolling(folder)
+        with rolling.alone():  # which tidies up after a kill
+            pass
+        if rolling.exists() and not resume:
+            raise SaveError(
+                f"`{io.shown(folder)}` holds a run that did not end. Go on with it "
+                "(resume=True, --resume), choose another folder, or delete it."
+            )
+        if (folder / FILES["scores"]).exists() and not rolling.exists():
+            raise SaveError(
+                f"`{io.shown(folder)}` holds a run that has ended; its test was scored "
+                "once and stays so. Choose another folder, or delete it."
+            )
+        io.sweep(folder)
+        io.sweep(folder / "frames")
+        yield rolling
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -153,7 +154,8 @@ def train_steps(
     DeviceError
         If the device has failed, now or earlier in this process.
     SaveError
-        If `checkpoint` cannot be written, or is that of another training.
+        If `checkpoint` cannot be written, or is that of another training; InUseError
+        if that runs at this moment.
     ModelFileError
         If `resume` finds nothing but damaged checkpoints.
     """
@@ -192,24 +194,35 @@ def train_steps(
     start = starting_model(
         model, network, names, channels, unlabelled, seed, pretrained=config.pretrained
     )
-    found = rolling.begin(resume) if rolling else None
-    if found and "held_out" in found.model.provenance:
-        # Strokes that have changed since must not choose other places.
-        start.provenance["held_out"] = found.model.provenance["held_out"]
-    trainer = Trainer(start, examples, config, seed=seed, device=target_device)
-    trainer.judge = judge
-    history: list[TrainStep] = []
-    if rolling and found:
-        go_on(trainer, examples, found, rolling, changed_data=changed_data)
-        history = history_of(found)
-        began -= found.seconds
-    if parallel.team().rank:
-        rolling = None  # the first process writes
-    limits = _Limits(began, max_seconds, max_steps, stop)
-    best = None
-    if config.patience is not None:
-        best = _Best(config, rolling, history)
-    return _loop(trainer, examples, limits, history, rolling, best)
+    with ExitStack() as alone:
+        if rolling and not parallel.team().rank:  # the first process writes
+            alone.enter_context(rolling.alone())
+        found = rolling.begin(resume) if rolling else None
+        if found and "held_out" in found.model.provenance:
+            # Strokes that have changed since must not choose other places.
+            start.provenance["held_out"] = found.model.provenance["held_out"]
+        trainer = Trainer(start, examples, config, seed=seed, device=target_device)
+        trainer.judge = judge
+        history: list[TrainStep] = []
+        if rolling and found:
+            go_on(trainer, examples, found, rolling, changed_data=changed_data)
+            history = history_of(found)
+            began -= found.seconds
+        if parallel.team().rank:
+            rolling = None
+        limits = _Limits(began, max_seconds, max_steps, stop)
+        best = None
+        if config.patience is not None:
+            best = _Best(config, rolling, history)
+        steps = _loop(trainer, examples, limits, history, rolling, best)
+        return _holding(alone.pop_all(), steps)
+
+
+def _holding(
+    alone: ExitStack, steps: Generator[TrainStep, None, Model]
+) -> Generator[TrainStep, None, Model]:
+    with alone:
+        return (yield from steps)
 
 
 class _Limits(NamedTuple):

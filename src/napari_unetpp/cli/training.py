@@ -54,7 +54,6 @@ def _train(options: Namespace, console: Console) -> int:
     with ExitStack() as locks:
         if not parallel.team().rank:  # the one that writes
             locks.enter_context(io.lock(options.out))
-            locks.enter_context(io.lock(path))
             io.sweep(options.out)
         return _learn(options, console, config, files, _checkpoint(options, path))
 

@@ -8,6 +8,7 @@ from napari_unetpp.io.files import (
     pair_by_stem,
     rotate,
     shown,
+    sweep,
     write_text,
 )
 from napari_unetpp.io.formats import Probe
@@ -20,7 +21,7 @@ from napari_unetpp.io.images import (
 )
 from napari_unetpp.io.labels import Labels, create_labels, is_labels, ordered
 from napari_unetpp.io.lazy import Axis, LazyImage, needed, open_image, plain_axes
-from napari_unetpp.io.lock import lock, sweep, take
+from napari_unetpp.io.lock import lock, take
 from napari_unetpp.io.unfinished import Part, part
 
 __all__ = [

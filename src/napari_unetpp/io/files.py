@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
+import platform
 import secrets
 import shutil
 import stat as modes
 import sys
 import time
 import unicodedata
+import zlib
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -22,6 +25,9 @@ if TYPE_CHECKING:
 _log = logging.getLogger("napari_unetpp")
 
 SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp", ".npy")
+
+# Tells whose process a number in a name is, on a drive that computers share.
+_HOST = f"{zlib.crc32(platform.node().encode()) & 0xFFFF:04x}"
 
 # Virus scanners and sync clients hold a fresh file for a moment on Windows only.
 _RETRY_DELAYS = (0.08, 0.16, 0.32, 0.64, 1.28) if sys.platform == "win32" else ()
@@ -92,6 +98,7 @@ def atomic_write(
     try:
         target = Path(os.path.realpath(path))
         old = _old_mode(target, name, overwrite)
+        sweep(target, dead=True)
         if isinstance(data, bytes):
             _check_room(target.parent, name, len(data))
         _write_beside(target, data, old)
@@ -102,6 +109,39 @@ def atomic_write(
             "Choose another folder, or make room and try again."
         ) from error
     _sync_folder(target.parent)
+
+
+def short(path: Path) -> str:
+    """Return the name of a file, of which hidden ones beside it can be made."""
+    # A name has at most 255 bytes on common file systems; the rest is ours.
+    return os.fsencode(path.name)[:200].decode("utf-8", "ignore")
+
+
+def sweep(path: str | os.PathLike[str], *, dead: bool = False) -> None:
+    """Remove what killed writes have left of a file, or of all files in a folder.
+
+    Parameters
+    ----------
+    path : path-like
+        Hold its lock first, unless `dead`.
+    dead : bool, optional
+        Only what ended processes of this computer have left.
+    """
+    real = Path(os.path.realpath(path))
+    folder, name = (real, "*") if real.is_dir() else (real.parent, short(real))
+    pattern = f".{name if name == '*' else glob.escape(name)}.*.{'[0-9a-f]' * 8}.part"
+    with suppress(OSError):  # the next sweep has another chance
+        for part in folder.glob(pattern):
+            if not dead or _is_dead(part):
+                part.unlink(missing_ok=True)
+
+
+def _is_dead(part: Path) -> bool:
+    import psutil  # most writes find nothing to ask it about
+
+    pid, token = part.name.split(".")[-3:-1]
+    here = token.startswith(_HOST) and pid.isdecimal()
+    return here and not psutil.pid_exists(int(pid))
 
 
 def rotate(new: Path, path: Path, old: Path) -> None:
@@ -164,9 +204,8 @@ def _write_beside(
     target: Path, data: bytes | Callable[[BinaryIO], object], old: int | None
 ) -> None:
     """Write a hidden file beside `target`, then give it the name of `target`."""
-    # A name has at most 255 bytes on common file systems; the rest is ours.
-    short = os.fsencode(target.name)[:200].decode("utf-8", "ignore")
-    part = target.with_name(f".{short}.{os.getpid()}.{secrets.token_hex(4)}.part")
+    token = f"{os.getpid()}.{_HOST}{secrets.token_hex(2)}"
+    part = target.with_name(f".{short(target)}.{token}.part")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     # The system applies the umask to a new file; a replaced one keeps its rights.
     descriptor = os.open(part, flags, 0o666 if old is None else old)

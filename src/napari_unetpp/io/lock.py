@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import glob
 import logging
 import os
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from napari_unetpp.errors import InUseError, SaveError
-from napari_unetpp.io.files import shown
+from napari_unetpp.io.files import short, shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -62,8 +61,7 @@ def lock(path: str | os.PathLike[str]) -> Iterator[None]:
     if real.is_dir():
         file = real / ".napari-unetpp.lock"
     else:
-        short = os.fsencode(real.name)[:200].decode("utf-8", "ignore")
-        file = real.with_name(f".{short}.lock")
+        file = real.with_name(f".{short(real)}.lock")
     descriptor = _taken(file, shown(path))
     try:
         yield
@@ -104,13 +102,3 @@ def _taken(file: Path, name: str) -> int:
                 "until it has ended, or choose another output."
             ) from None
         os.close(descriptor)
-
-
-def sweep(path: str | os.PathLike[str]) -> None:
-    """Remove what killed writes of a file have left beside it; hold its lock first."""
-    real = Path(os.path.realpath(path))
-    short = os.fsencode(real.name)[:200].decode("utf-8", "ignore")
-    digits = "[0-9a-f]" * 8
-    for part in real.parent.glob(f".{glob.escape(short)}.*.{digits}.part"):
-        with suppress(OSError):
-            part.unlink()

@@ -117,7 +117,15 @@ class Part:
 
     def close(self) -> None:
         """Delete the folder, of which nothing is needed any more."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        # The lock goes last: without it, what is left would be taken for another's.
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path != self.lock:
+                with suppress(OSError):
+                    path.unlink()
+        if [*self.folder.iterdir()] == [self.lock]:
+            shutil.rmtree(self.folder, ignore_errors=True)
         self.closed = True
 
 
@@ -128,7 +136,7 @@ def part(target: Path) -> Iterator[Part]:
     Raises
     ------
     SaveError
-        If another process writes it, or the folder cannot be made.
+        If another process writes it, or the disk refuses, at once or later.
     """
     found = Part(target)
     name = shown(target)
@@ -149,7 +157,7 @@ def part(target: Path) -> Iterator[Part]:
             f"`{name}` cannot be written: {error.strerror or error}. Choose another "
             "folder."
         ) from error
-    with lock:
+    with lock, _told(name):
         if not _lock(lock.fileno()):
             raise SaveError(
                 f"`{name}` is being written by another process. Wait until it is done, "
@@ -167,6 +175,18 @@ def part(target: Path) -> Iterator[Part]:
         with suppress(OSError):
             found.lock.unlink()
             found.folder.rmdir()
+
+
+@contextmanager
+def _told(name: str) -> Iterator[None]:
+    """Turn what the disk refuses into SaveError."""
+    try:
+        yield
+    except OSError as error:
+        raise SaveError(
+            f"A part of `{name}` was not written: {error.strerror or error}. Make "
+            "room, or see to the disk; the same command then goes on."
+        ) from error
 
 
 def _same_file(descriptor: int, path: Path) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -113,43 +113,44 @@ def live_steps(
     import torch._dynamo  # noqa: F401  # any optimizer imports it at its first step
 
     rolling = None if checkpoint is None else Rolling(checkpoint, checkpoint_seconds)
-    found = rolling.begin(resume) if rolling else None
-    if rolling and found:
-        model = from_file(found.model, io.shown(rolling.path))
-        model.provenance["digest"] = found.run.get("parent")
-        config, seed = _run_of(found, rolling)
-    axes = [None] * len(images) if channel_axes is None else list(channel_axes)
-    scaling = model.preprocessing if model is not None else None
-    book = ExampleBook(images, axes, names=names, preprocessing=scaling)
-    showing = not mailbox.latest().training
-    session = _Session(
-        book, model, network, config or TrainConfig(), seed, resolve_device(device)
-    )
-    if rolling:
-        session.keep_in(rolling, found)
-    while stop is None or not stop.is_set():
-        wishes = mailbox.latest()
-        try:
-            with telling(rolling), guarded(session.device):
-                yield from session.advance(wishes)
-            session.keep()
-            if session.idle:
-                if showing and not wishes.training and session.untrained:
-                    break
-                mailbox.wait(_BEAT)
-                yield session.waiting
-        except GeneratorExit:
-            session.keep(last=True)
-            raise
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+    with rolling.alone() if rolling else nullcontext():
+        found = rolling.begin(resume) if rolling else None
+        if rolling and found:
+            model = from_file(found.model, io.shown(rolling.path))
+            model.provenance["digest"] = found.run.get("parent")
+            config, seed = _run_of(found, rolling)
+        axes = [None] * len(images) if channel_axes is None else list(channel_axes)
+        scaling = model.preprocessing if model is not None else None
+        book = ExampleBook(images, axes, names=names, preprocessing=scaling)
+        showing = not mailbox.latest().training
+        session = _Session(
+            book, model, network, config or TrainConfig(), seed, resolve_device(device)
+        )
+        if rolling:
+            session.keep_in(rolling, found)
+        while stop is None or not stop.is_set():
+            wishes = mailbox.latest()
+            try:
+                with telling(rolling), guarded(session.device):
+                    yield from session.advance(wishes)
+                session.keep()
+                if session.idle:
+                    if showing and not wishes.training and session.untrained:
+                        break
+                    mailbox.wait(_BEAT)
+                    yield session.waiting
+            except GeneratorExit:
+                session.keep(last=True)
                 raise
-            raise DeviceMemoryError(
-                "The device has no memory left for this. Choose a smaller network or "
-                "depth, close other programs, or choose the CPU."
-            ) from None
-    session.keep(last=True)
-    return session.result()
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise DeviceMemoryError(
+                    "The device has no memory left for this. Choose a smaller network "
+                    "or depth, close other programs, or choose the CPU."
+                ) from None
+        session.keep(last=True)
+        return session.result()
 
 
 def _run_of(found: Checkpoint, rolling: Rolling) -> tuple[TrainConfig, int]:
