@@ -291,7 +291,7 @@ class TrainConfig(Settings):
     edges : float
         Weight of the energy that draws borders between strokes to edges of the image.
     forest : float
-        Weight of what a random forest on the same strokes makes of other pixels; 0: no
+        Weight of what a random forest on the same strokes is sure of elsewhere; 0: no
         forest, as for a model that was trained without and goes on.
     balance : float
         0 to 1: exponent of the inverse class frequency that weighs the cross-entropy.

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 _SIGMAS = (0.7, 16.0)  # px, of the finest and the coarsest feature
 _TREES = 50
 _MOST = 2000  # painted pixels of a class that the forest looks at; neighbours repeat
-_EVERY = 32  # one of so many pixels gets a soft label
+_EVERY = 32  # one of so many pixels may get a soft label, ...
+_SURE = 0.9  # ... if so large a share of the trees agrees
 _REACH = 64  # px around a block that its features see: four of the coarsest sigma
 _SMALLEST = 16  # px, side of a block; texture needs some pixels
 _PER_CHANNEL = 20  # features
@@ -66,8 +67,9 @@ class Teacher:
     -----
     A forest on intensity, edges and texture at several scales, as pixel classifiers
     have it, is right about grey values and colours after a second, where a network
-    still guesses. A network that learns from its opinion beside the strokes knows as
-    much, and what a forest cannot see. Features are those of blocks around the
+    still guesses. A network that learns beside the strokes what the forest is sure of
+    knows as much, and what a forest cannot see; where the trees do not agree they are
+    often wrong, and not heard. Features are those of blocks around the
     strokes, at most 134 MB of them. This is model compression [1]_ with a forest of
     extremely randomised trees [2]_ as the model.
 
@@ -148,8 +150,9 @@ class Teacher:
             if free.any():
                 seen = block.features[y[free], x[free]].astype(np.float32)
                 belief = forest.predict_proba(seen).astype(np.float32)
-                lesson.places[i] = np.append(lesson.places[i], place[free])
-                lesson.beliefs[i] = np.append(lesson.beliefs[i], belief, axis=0)
+                sure = belief.max(1) >= _SURE
+                lesson.places[i] = np.append(lesson.places[i], place[free][sure])
+                lesson.beliefs[i] = np.append(lesson.beliefs[i], belief[sure], axis=0)
         return lesson if any(len(p) for p in lesson.places) else None
 
     def _fit(

@@ -73,7 +73,7 @@ class Advanced(QWidget):
         self._forest = _check(
             "Learn from a random forest, too",
             "A random forest on your strokes, which is right about grey values and "
-            "colours at once, tells the network what it thinks of other pixels.",
+            "colours at once, tells the network what it is sure of elsewhere.",
         )
         self._forest.setChecked(default.forest > 0)
         self._elastic = _check(
