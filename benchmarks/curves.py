@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 
 Lines = list[dict[str, Any]]
 PARTS = {"seen": "the annotated images", "unseen": "other images"}
+WHOLE = "dense-unet++"
 # Okabe and Ito's, and whether a line is dashed.
 COLOURS = {
+    WHOLE: ("#969CA4", None),
     "fcn-8s": ("#E69F00", None),
     "unet": ("#009E73", None),
     "unet++-scratch": ("#56B4E9", None),
@@ -27,7 +29,6 @@ COLOURS = {
     "forest": ("#D55E00", None),
     "unet++": ("#0072B2", None),
 }
-BAR = (150, 156, 164)
 
 
 def curves(lines: Lines, part: str) -> dict[tuple[str, str], NDArray[np.float64]]:
@@ -65,11 +66,12 @@ def print_table(lines: Lines) -> None:
         for (task, method), curve in sorted(found.items()):
             if method.startswith("dense-"):
                 continue
-            bar = found.get((task, "dense-unet++"), [np.nan])[0]
+            bar = found.get((task, WHOLE), [np.nan])[0]
             cells = "".join(f"{v:7.3f}" for v in curve).ljust(len(times))
             after = reached(times_of(lines), curve, 0.9 * bar)
             print(f"{task:14s}{method:16s}{cells}  {bar:.3f} {after}")
-            if (forest := found.get((task, "forest"))) is not None:
+            forest = found.get((task, "forest"))
+            if forest is not None and method != "forest":
                 ahead.setdefault(method, []).append(curve - forest)
         print("ahead of the forest that is itself corrected: mean, and where >= 0")
         for method, values in ahead.items():
@@ -85,30 +87,43 @@ def plot(lines: Lines, path: Path) -> None:
     import pyqtgraph as pg
     from pyqtgraph.exporters import ImageExporter
 
-    pg.mkQApp()
+    app = pg.mkQApp()
     pg.setConfigOptions(antialias=True, background="w", foreground=(60, 66, 74))
     tasks = list(dict.fromkeys(line["task"] for line in lines))
     times = times_of(lines)
     high = -(-len(tasks) // 3)
-    sheet = pg.GraphicsLayoutWidget(size=(1200, 660 * high))
+    sheet = pg.GraphicsLayoutWidget(size=(1260, 540 * high + 40))
+    methods = [m for m in COLOURS if any(line["method"] == m for line in lines)]
+    names = [
+        f"<span style='color: {COLOURS[m][0]}'>{'- -' if COLOURS[m][1] else '&mdash;'} "
+        f"{m}</span>"
+        for m in methods
+    ]
+    sheet.addLabel("&nbsp; &nbsp;".join(names), 0, 0, 1, 3, size="12pt", bold=True)
     for n, (part, words) in enumerate(PARTS.items()):
         found = curves(lines, part)
         for i, task in enumerate(tasks):
-            panel = sheet.addPlot(n * high + i // 3, i % 3, title=f"{task}: {words}")
+            row = 1 + n * high + i // 3
+            panel = sheet.addPlot(row, i % 3, title=f"{task}, {words}")
             panel.showGrid(x=False, y=True, alpha=0.15)
             panel.setLabels(left="foreground IoU", bottom="annotation time (s)")
+            for side, ticks in (
+                ("bottom", (0, *times)),
+                ("left", np.arange(0, 1.1, 0.2)),
+            ):
+                panel.getAxis(side).setTicks([[(t, f"{t:.2g}") for t in ticks]])
+                panel.getAxis(side).setStyle(hideOverlappingLabels=False)
             panel.setRange(xRange=(0, times[-1]), yRange=(0, 1), padding=0.01)
-            if not n and not i:
-                panel.addLegend(offset=(-5, -5), labelTextSize="9pt")
-            if (task, "dense-unet++") in found:
-                y = [found[task, "dense-unet++"][0]] * 2
-                panel.plot([0, times[-1]], y, pen=BAR, name="whole truth")
-            for method, (colour, dash) in COLOURS.items():
+            for method in methods:
                 if (task, method) in found:
-                    y = [0.0, *found[task, method]]
+                    y = np.array([0.0, *found[task, method]])
+                    if method == WHOLE:
+                        y = np.full(1 + len(times), y[1])
+                    colour, dash = COLOURS[method]
                     pen = pg.mkPen(colour, width=2.2, dash=dash)
-                    panel.plot([0.0, *times], y, pen=pen, name=method)
-    pg.QtWidgets.QApplication.processEvents()
+                    panel.plot([0.0, *times], y, pen=pen)
+    sheet.show()  # only then is it laid out
+    app.processEvents()
     ImageExporter(sheet.scene()).export(str(path))
 
 
