@@ -7,7 +7,7 @@
 A simulated person (person.py) starts with nothing, paints a stroke of each class, then
 looks at what a method shows and paints where it is wrong. "forest@unet++" learns from
 the strokes that were painted for "unet++", as they came; "dense-unet++" from the whole
-truth of the same images for 60 s, which is the bar for the others.
+truth of the same images for `--whole` seconds, which is the bar for the others.
 
 The forest is fitted after each stroke in no time. A network goes on learning while the
 person looks and paints, as a live training does, but for the part of the time in which
@@ -57,7 +57,6 @@ TASKS = {
 }
 METHODS = "unet++,forest,forest@unet++,dense-unet++,unet++-scratch,unet,fcn-8s"
 TIMES = (5.0, 10.0, 20.0, 30.0, 45.0, 60.0, 90.0)
-SUPERVISED = 60.0  # s of steps on the whole truth
 STEP_MS = {"unet++": 46.0, "unet": 40.0, "fcn-8s": 70.0}
 # A view of 512 px takes 190, 60 and 115 ms at those steps, and is predicted anew after
 # 350 ms of training while strokes are new, as `live.session` shares the time.
@@ -246,8 +245,8 @@ def run(
     if method.startswith("dense-"):
         whole = Live(work, method.removeprefix("dense-"), seed, args.ms)
         whole.take(work.dense)
-        whole.train(SUPERVISED)
-        row = {"time": SUPERVISED, "steps": whole.steps}
+        whole.train(args.whole)
+        row = {"time": args.whole, "steps": whole.steps}
         return {"rows": [row | work.scores(whole)]}
     name, _, other = method.partition("@")
     learner = (
@@ -273,6 +272,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=90.0)
     parser.add_argument("--speed", type=float, default=60.0, help="px/s on screen")
     parser.add_argument("--ms", type=float, help="milliseconds that a step counts")
+    parser.add_argument("--whole", type=float, default=60.0, help="s of whole truth")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--print", dest="only_print", type=Path)
     parser.add_argument("--plot", type=Path)
