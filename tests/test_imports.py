@@ -51,8 +51,8 @@ TABLE = {
     "examples": "preprocess config errors",
     "checkpoint": "modelfile io config errors",
     "teacher": "heldout",
-    "trainer": "teacher model checkpoint losses augment sampling heldout score examples"
-    " parallel schedule networks device config errors",
+    "trainer": "budget teacher model checkpoint losses augment sampling heldout score"
+    " examples parallel schedule networks device config errors",
     "pretrained": "model networks io errors",
     "train": "trainer pretrained model networks checkpoint examples preprocess device"
     " parallel io config errors",

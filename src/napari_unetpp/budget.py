@@ -1,8 +1,9 @@
-"""How large a tile may be: what the network's maps take, and the memory there is."""
+"""How large a tile or a step may be: what maps take, and the memory there is."""
 
 from __future__ import annotations
 
 import math
+import sys
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -22,15 +23,67 @@ _MOST_PIXELS = 2**21
 _LEAST_SIDE = 128  # px; a tile that still does not fit is halved when memory runs out
 _SPARE = 2.0  # measured: what operators need for themselves, and the result
 _MOST_BYTES = 4e9  # of what is free, a fourth at most is taken
+_STEP_SPARE = 1.25  # of a step, and ...
+_AT_MOST = 512  # ... bytes per pixel and channel of width that no step reaches
+
+
+def available_bytes(device: torch.device) -> float:
+    """Return how much memory of a device this process can still get."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
+            device
+        )
+        return float(torch.cuda.mem_get_info(device)[0] + cached)
+    available = float(psutil.virtual_memory().available)
+    if sys.platform == "linux":
+        import resource
+
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)  # `ulimit -v`
+        if limit != resource.RLIM_INFINITY:
+            available = min(available, limit - psutil.Process().memory_info().vms)
+    return available
 
 
 def free_bytes(device: torch.device) -> float:
     """Return how much memory of a device tiles may take unless the user says."""
-    if device.type == "cuda":
-        free: float = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = psutil.virtual_memory().available
-    return min(free / 4, _MOST_BYTES)
+    return min(available_bytes(device) / 4, _MOST_BYTES)
+
+
+def step_fits(config: NetConfig, batch: int, side: int, device: torch.device) -> bool:
+    """Return whether the memory that is free is enough for a training step.
+
+    Parameters
+    ----------
+    config : NetConfig
+        The network.
+    batch, side : int
+        Patches of a step, and their side in pixels.
+    device : torch.device
+        Where it is computed.
+    """
+    free = available_bytes(device)
+    if batch * side**2 * max(config.width, 16) * _AT_MOST < free:
+        return True  # counting takes a tenth of a second
+    return _STEP_SPARE * step_bytes(config, batch, side) < free
+
+
+@cache
+def step_bytes(config: NetConfig, batch: int, side: int) -> int:
+    """Return the peak of all maps and gradients of a training step, in bytes.
+
+    Notes
+    -----
+    At full depth and in full precision, which takes about twice what half of it does.
+    """
+    with torch.device("meta"):
+        twin = build_network(config).train()
+        windows = torch.empty(batch, config.in_channels, side, side)
+
+        def step() -> None:
+            loss = torch.stack([h.log_softmax(1).mean() for h in twin(windows)]).sum()
+            loss.backward()  # type: ignore[no-untyped-call]
+
+        return peak_bytes(step)
 
 
 @cache

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from napari_unetpp import __version__, augment, heldout, losses, parallel, schedule
+from napari_unetpp import (
+    __version__,
+    augment,
+    budget,
+    heldout,
+    losses,
+    parallel,
+    schedule,
+)
 from napari_unetpp.checkpoint import (
     Checkpoint,
     State,
@@ -137,6 +145,7 @@ class Trainer:
         self.judge: Callable[[Model, int], float] | None = None
         self._pixel_weights: Tensor | None = None  # of the batch that was drawn last
         self._rows: Tensor | None = None  # of it, too: of the soft labels' table
+        self._fits = False
         self._rng = np.random.default_rng(seed)
         self._generator = torch.Generator().manual_seed(seed)
         self._teacher = None
@@ -363,6 +372,7 @@ class Trainer:
             If memory runs out six times.
         """
         self.note = ""
+        self._fit()
         self._attend()
         before = self._mark()
         with deterministic(self._config.deterministic):
@@ -394,7 +404,22 @@ class Trainer:
             "smaller network, close other programs, or use device='cpu'."
         )
 
-    def _take_less(self) -> bool:
+    def _fit(self) -> None:
+        """Begin with less where the first step could not but run out of memory.
+
+        An operator that finds no memory may end the process instead of telling it.
+        """
+        if self._fits or self._team.size > 1:
+            return
+        self._fits = True
+        network = self._start.config
+        while not budget.step_fits(
+            network, self._config.batch, self._score_side(), self.device
+        ):
+            if not self._take_less("Memory is short"):
+                break
+
+    def _take_less(self, why: str = "Memory ran out") -> bool:
         """Halve the batch, or else the patch; False if there is no less."""
         c, least = self._config, max(_LEAST, self._start.network.multiple())
         if c.batch > 1:
@@ -405,7 +430,7 @@ class Trainer:
             return False
         self._use(c)
         self.note = (
-            f"Memory ran out: from step {self.steps + 1} on, the batch is "
+            f"{why}: from step {self.steps + 1} on, the batch is "
             f"{c.batch} x {c.patch} px."
         )
         return True
