@@ -145,7 +145,7 @@ class Trainer:
         self.judge: Callable[[Model, int], float] | None = None
         self._pixel_weights: Tensor | None = None  # of the batch that was drawn last
         self._rows: Tensor | None = None  # of it, too: of the soft labels' table
-        self._fits = False
+        self._fitted = False
         self._rng = np.random.default_rng(seed)
         self._generator = torch.Generator().manual_seed(seed)
         self._teacher = None
@@ -409,9 +409,9 @@ class Trainer:
 
         An operator that finds no memory may end the process instead of telling it.
         """
-        if self._fits or self._team.size > 1:
+        if self._fitted or self._team.size > 1:
             return
-        self._fits = True
+        self._fitted = True
         network = self._start.config
         while not budget.step_fits(
             network, self._config.batch, self._score_side(), self.device
