@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from napari_unetpp.heldout import HeldOut
 
+SOFT = 256  # in an annotation: from here on soft labels, less is painted
+
 _SIGMAS = (0.7, 16.0)  # px, of the finest and the coarsest feature
 _TREES = 50
 _MOST = 2000  # painted pixels of a class that the forest looks at; neighbours repeat
@@ -41,6 +43,30 @@ class Lesson(NamedTuple):
 
     places: list[NDArray[np.int64]]
     beliefs: list[NDArray[np.float32]]
+
+    def onto(
+        self, targets: Sequence[NDArray[np.uint8]]
+    ) -> tuple[list[NDArray[np.int32]], NDArray[np.float32]]:
+        """Write the soft labels between what is painted.
+
+        Parameters
+        ----------
+        targets : sequence of ndarray of shape (Y, X) and dtype uint8
+            One for each image; not changed.
+
+        Returns
+        -------
+        merged : list of ndarray of shape (Y, X) and dtype int32
+            As `targets`, and where there is a soft label `SOFT` + its row of `table`.
+        table : ndarray of shape (R, K) and dtype float32
+        """
+        merged, row = [], SOFT
+        for target, places in zip(targets, self.places, strict=True):
+            both = target.astype(np.int32)
+            both.flat[places] = np.arange(row, row + len(places))
+            merged.append(both)
+            row += len(places)
+        return merged, np.concatenate(self.beliefs)
 
 
 class _Block(NamedTuple):

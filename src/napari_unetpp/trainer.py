@@ -41,7 +41,7 @@ from napari_unetpp.heldout import HeldOut
 from napari_unetpp.networks.blocks import pool_norms
 from napari_unetpp.sampling import Draw, PatchSampler
 from napari_unetpp.score import Score, Scorer
-from napari_unetpp.teacher import Lesson, Teacher
+from napari_unetpp.teacher import SOFT, Lesson, Teacher
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -61,7 +61,6 @@ _FRESH = 40  # steps in which half of each batch comes from what was painted las
 _SEVERAL, _LONG = 4, 64  # steps that one average stands for, once it is so old
 _RECALL = 10  # steps that the averaged weights remember when new strokes arrive
 _ASK, _LISTEN = 4, 25  # steps after new strokes: a forest learns them meanwhile
-_SOFT = 256  # in the annotation: this and more are soft labels, less is painted
 _TRIES = 6  # of a step, with half the patches or half their side each time
 _LEAST = 32  # px, side of the smallest patch that is tried
 _ADAM = frozenset({"step", "exp_avg", "exp_avg_sq"})  # what it remembers of a weight
@@ -215,19 +214,12 @@ class Trainer:
 
     def _put_targets(self) -> None:
         """Bring the annotation to the device, with the soft labels if there are any."""
-        self._targets = [torch.from_numpy(t).to(self.device) for t in self._training]
+        targets: Sequence[NDArray[Any]] = self._training
         self._table: Tensor | None = None
-        if self._lesson is None:
-            return
-        number = _SOFT
-        for i, places in enumerate(self._lesson.places):
-            rows = torch.arange(number, number + len(places), dtype=torch.int32)
-            target = self._targets[i].int()
-            target.view(-1)[torch.from_numpy(places).to(self.device)] = rows.to(target)
-            self._targets[i] = target
-            number += len(places)
-        table = np.concatenate(self._lesson.beliefs)
-        self._table = torch.from_numpy(table).to(self.device)
+        if self._lesson is not None:
+            targets, table = self._lesson.onto(self._training)
+            self._table = torch.from_numpy(table).to(self.device)
+        self._targets = [torch.from_numpy(t).to(self.device) for t in targets]
 
     def _attend(self) -> None:
         """Let a forest learn from new strokes, and take over what it made of them."""
@@ -336,8 +328,8 @@ class Trainer:
             self._pixel_weights = _inner(weights, self.network.margin)
         annotation = _inner(annotation, self.network.margin)
         if self._table is not None:
-            self._rows = (annotation.long() - _SOFT).clamp_min(losses.IGNORE)
-            annotation = torch.where(annotation < _SOFT, annotation, 0)
+            self._rows = (annotation.long() - SOFT).clamp_min(losses.IGNORE)
+            annotation = torch.where(annotation < SOFT, annotation, 0)
         patches = augment.grey_values(
             patches,
             self._generator,
