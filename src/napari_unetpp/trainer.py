@@ -60,7 +60,8 @@ _RAMP = 50  # steps in which the energy between strokes reaches its weight
 _FRESH = 40  # steps in which half of each batch comes from what was painted last
 _SEVERAL, _LONG = 4, 64  # steps that one average stands for, once it is so old
 _RECALL = 10  # steps that the averaged weights remember when new strokes arrive
-_ASK, _LISTEN = 4, 25  # steps after new strokes: a forest learns them meanwhile
+_ASK, _LISTEN = 4, 25  # steps after new strokes: a forest learns them meanwhile, ...
+_LATER = 15  # ... those of a correction only from here on: it is to be seen soon
 _TRIES = 6  # of a step, with half the patches or half their side each time
 _LEAST = 32  # px, side of the smallest patch that is tried
 _ADAM = frozenset({"step", "exp_avg", "exp_avg_sq"})  # what it remembers of a weight
@@ -151,7 +152,7 @@ class Trainer:
         if config.forest and _is_taught(model, examples):
             self._teacher = Teacher(self._n_classes, self.held_out, seed)
         self._lesson: Lesson | None = None
-        self._lesson_at, self._asked = _LISTEN, False
+        self._ask_at, self._lesson_at, self._asked = _ASK, _LISTEN, False
         self._read(examples)
         self.network = model.copy().network.to(
             device, memory_format=torch.channels_last
@@ -225,7 +226,7 @@ class Trainer:
         """Let a forest learn from new strokes, and take over what it made of them."""
         if self._teacher is None or self._lesson_at < 0:
             return
-        if not self._asked and self.steps >= self._lesson_at - (_LISTEN - _ASK):
+        if not self._asked and self.steps >= self._ask_at:
             self._asked = True
             self._teacher.ask(self._arrays, self._training, self._examples.numbers)
         if self.steps >= self._lesson_at:
@@ -263,7 +264,9 @@ class Trainer:
         self._look_at(fresh)  # the image numbers of the last ones were the old list's
         if self._fresh is not None:
             self._fresh_until = self.steps + _FRESH
-        self._lesson_at, self._asked = self.steps + _LISTEN, False
+        if self._asked:
+            self._ask_at, self._asked = self.steps + _LATER, False
+        self._lesson_at = self.steps + _LISTEN
         self._averaged_from = max(self._averaged_from, self.steps - _RECALL)
 
     def _look_at(self, fresh: list[NDArray[np.uint8]]) -> None:
