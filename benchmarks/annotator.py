@@ -188,7 +188,7 @@ class Forest:
         """Do nothing."""
 
     def labels(self, *, seen: bool, depth: None = None) -> Any:  # noqa: ARG002
-        """Return what the forest shows; None: nothing yet."""
+        """Return what the forest, which has no depths, shows; None: nothing yet."""
         y = np.concatenate([t[t > 0] for t in self._targets] or [np.zeros(0)])
         if len(np.unique(y)) < self._n_classes:
             return None

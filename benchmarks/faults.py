@@ -452,7 +452,7 @@ def _work(answer: socket.socket, work: Callable[..., Any], args: Any) -> None:
         code, told = TOLD, str(error)
     except OSError:
         code, told = UNTYPED, traceback.format_exc()[-900:]
-    except BaseException:  # noqa: BLE001
+    except BaseException:  # noqa: BLE001  # the parent is told, whatever it was
         told = traceback.format_exc()[-200:]
     finally:
         answer.sendall(pickle.dumps(told))

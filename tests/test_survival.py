@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 NET = NetConfig("unet++", width=4, levels=2, deep_supervision=True, stem=2)
-QUICK = TrainConfig(patch=128, batch=2, warp_after=1)
+QUICK = TrainConfig(patch=128, batch=4, warp_after=1)
 CPU = torch.device("cpu")
 FULL = (
     torch.OutOfMemoryError("CUDA out of memory"),
@@ -35,7 +35,7 @@ FULL = (
     MemoryError(),
 )
 # Each halves the batch or the patch once more.
-LESS = [(2, 128), (1, 128), (1, 64), (1, 32)]
+LESS = [(4, 128), (2, 128), (1, 128), (1, 64), (1, 32)]
 
 
 def picture(side: int = 96) -> tuple[np.ndarray, np.ndarray]:
@@ -99,7 +99,7 @@ def three_steps(batch: int, patch: int) -> tuple[list[float], dict[str, np.ndarr
     return [own.step() for _ in range(3)], weights(own)
 
 
-@pytest.mark.parametrize("depth", range(4))
+@pytest.mark.parametrize("depth", range(5))
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_step_without_memory_equals_one_with_less_from_the_start(
     phase: str, depth: int, monkeypatch: pytest.MonkeyPatch
@@ -126,7 +126,7 @@ def test_a_later_step_goes_on_from_the_last_weights(
     expected, own = trainer(config, net), trainer(config, net)
     for _ in range(2):
         assert own.step() == expected.step()
-    expected._use(config.replaced(batch=1))
+    expected._use(config.replaced(batch=2))
     failing(monkeypatch, Trainer, "_between_strokes", 1, FULL[0])
     found = own.step()
     monkeypatch.undo()
@@ -188,7 +188,7 @@ def test_less_is_told_and_kept_over_a_resumption(
     failing(monkeypatch, Trainer, "_loss", 2, FULL[0])
     steps = train_steps(IMAGE, PAINT, max_steps=3, **ask)
     notes = [s.note for s in steps]
-    assert "batch is 1 x 64 px" in notes[0]
+    assert "batch is 1 x 128 px" in notes[0]
     assert notes[1:] == ["", ""]
     monkeypatch.undo()
     drawn: list[int] = []
@@ -202,12 +202,12 @@ def test_less_is_told_and_kept_over_a_resumption(
 
 
 def test_what_cannot_fit_begins_with_less(monkeypatch: pytest.MonkeyPatch) -> None:
-    needed = budget.step_bytes(NET, 2, 128)
-    assert 1.8 < needed / budget.step_bytes(NET, 1, 128) < 2.2
+    needed = budget.step_bytes(NET, 4, 128)
+    assert 1.8 < needed / budget.step_bytes(NET, 2, 128) < 2.2
     monkeypatch.setattr(budget, "available_bytes", lambda _: 1.2 * needed)
     notes = [s.note for s in train_steps(IMAGE, PAINT, network=NET, config=QUICK,
                                          max_steps=2)]  # fmt: skip
-    assert notes == ["Memory is short: from step 1 on, the batch is 1 x 128 px.", ""]
+    assert notes == ["Memory is short: from step 1 on, the batch is 2 x 128 px.", ""]
     monkeypatch.setattr(budget, "available_bytes", lambda _: 1.3 * needed)
     notes = [s.note for s in train_steps(IMAGE, PAINT, network=NET, config=QUICK,
                                          max_steps=1)]  # fmt: skip
